@@ -1,0 +1,1 @@
+"""Backbone, tasks, the one training loop, cost meters, run records and their mirror in MLflow."""

@@ -1,0 +1,243 @@
+"""``mixlab train``, ``evaluate`` and ``sync``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from experiments.config import ExperimentConfig
+    from experiments.progress import Progress
+    from experiments.records import RunIdentity, RunOutcome
+
+
+def runs_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--runs", "runs_dir", metavar="DIR", help="Where records and the store live; default $MIXLAB_RUNS or ./runs."
+    )(command)
+
+
+def plugin_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--plugin", "plugins", multiple=True, metavar="FILE", help="Python file that registers mixers; repeatable."
+    )(command)
+
+
+@click.command()
+@click.argument("experiment")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
+@click.option("--no-tracking", is_flag=True, help="Write the record only, nothing to MLflow.")
+@runs_option
+@plugin_option
+def train(
+    experiment: str,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    no_tracking: bool,
+    runs_dir: str | None,
+    plugins: tuple[str, ...],
+) -> None:
+    """Train one EXPERIMENT (a TOML file or the name of a shipped recipe), once. Run again, it resumes."""
+    from experiments.paths import runs_root
+
+    _load_plugins(plugins)
+    config, name = _experiment(experiment, overrides)
+    runs = runs_root(runs_dir)
+    identity = _identity(config, name)
+    outcome = _train(config, identity, runs, tracked=not no_tracking, quiet=as_json)
+    if as_json:
+        from dataclasses import asdict
+
+        from experiments.records import finite
+
+        click.echo(json.dumps(finite({"key": identity.key, **asdict(outcome)}), indent=1))
+    else:
+        _print_outcome(outcome, runs / name / identity.key)
+    if outcome.outcome != "finished":
+        raise SystemExit(130 if outcome.outcome == "killed" else 1)
+
+
+@click.command()
+@click.argument("run", type=click.Path())
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
+@plugin_option
+def evaluate(run: str, overrides: tuple[str, ...], as_json: bool, plugins: tuple[str, ...]) -> None:
+    """Evaluate the checkpoint of RUN (its folder) on select and report.
+
+    Overrides may change the data and the state protocol, for example task.seq_len=256 or state.reads=2; the model
+    stays as it was trained. The run needs train.keep_checkpoint=true.
+    """
+    from experiments.config import ExperimentConfig, merged, parse_overrides
+    from experiments.errors import UserError
+    from experiments.records import read_run
+    from experiments.reevaluate import evaluate_checkpoint
+
+    _load_plugins(plugins)
+    record = read_run(Path(run))
+    if record is None:
+        raise UserError(f"{run}: not the folder of a run (no run.json and config.json)")
+    changes = parse_overrides(overrides)
+    for key in changes:
+        if key.partition(".")[0] not in ("task", "state", "train", "seeds"):
+            raise UserError(f"{key}: evaluation may change task, state, train and seeds, not the trained model")
+    trained = ExperimentConfig.parse(record.config, run)
+    config = ExperimentConfig.parse(merged(record.config, changes), run)
+    metrics = evaluate_checkpoint(trained, config, record.folder)
+    if as_json:
+        click.echo(json.dumps(metrics, indent=1))
+        return
+    _print_metrics(metrics)
+
+
+@click.command()
+@click.argument("sweep", required=False)
+@runs_option
+def sync(sweep: str | None, runs_dir: str | None) -> None:
+    """Bring MLflow up to date with the records on disk, of SWEEP or of all."""
+    from experiments.errors import UserError, nearest
+    from experiments.paths import artifact_root, runs_root, tracking_uri
+    from experiments.tracking import ensure_experiment, prepare_store
+    from experiments.tracking import sync as sync_sweep
+
+    runs = runs_root(runs_dir)
+    known = sorted({path.parent.parent.name for path in runs.glob("*/*/run.json")})
+    if sweep is not None and sweep not in known:
+        raise UserError(f"no records of {sweep!r} under {runs}{nearest(sweep, known)}")
+    uri = tracking_uri(runs)
+    prepare_store(uri, artifact_root(runs))
+    for name in known if sweep is None else [sweep]:
+        experiment_id = ensure_experiment(uri, name, artifact_root(runs), {})
+        report = sync_sweep(uri, experiment_id, runs, name)
+        click.echo(
+            f"{name}: {report.n_created} created, {report.n_updated} updated, {report.n_unchanged} already up to date"
+        )
+
+
+def _load_plugins(plugins: tuple[str, ...]) -> None:
+    if plugins:
+        from mixers import registry
+
+        for plugin in plugins:
+            registry.load_plugin(plugin)
+
+
+def _experiment(experiment: str, overrides: tuple[str, ...]) -> tuple[ExperimentConfig, str]:
+    """The validated config, and the name that its record is filed under."""
+    from experiments.config import ExperimentConfig, merged, parse_overrides, read_toml
+    from experiments.recipe import recipe_path
+
+    path = recipe_path(experiment)
+    values = merged(read_toml(path), parse_overrides(overrides))
+    return ExperimentConfig.parse(values, str(path)), path.stem
+
+
+def _identity(config: ExperimentConfig, name: str) -> RunIdentity:
+    from experiments.pattern import parse_pattern
+    from experiments.records import RunIdentity
+
+    pattern = str(parse_pattern(config.model.pattern))
+    return RunIdentity(config.key(), name, pattern, "all", {}, "replicate", config.seed, pattern)
+
+
+def _train(config: ExperimentConfig, identity: RunIdentity, runs: Path, *, tracked: bool, quiet: bool) -> RunOutcome:
+    import signal
+
+    from experiments.backbone import validate_model
+    from experiments.paths import artifact_root, tracking_uri
+    from experiments.progress import Interrupted
+    from experiments.run import TrackingTarget, run_experiment
+    from experiments.tracking import ensure_experiment, prepare_store
+
+    validate_model(config)
+    target = None
+    if tracked:
+        uri = tracking_uri(runs)
+        prepare_store(uri, artifact_root(runs))
+        target = TrackingTarget(uri, ensure_experiment(uri, identity.sweep, artifact_root(runs), {}))
+
+    asked_to_stop: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: asked_to_stop.append(received))
+    bar = _ProgressBar(quiet)
+
+    def on_progress(progress: Progress) -> None:
+        if asked_to_stop:
+            raise Interrupted
+        bar.show(progress)
+
+    with bar:
+        return run_experiment(config, identity, runs, tracking=target, on_progress=on_progress)
+
+
+class _ProgressBar:
+    """A rich bar on a terminal, a line per tenth of the way elsewhere, nothing when quiet."""
+
+    def __init__(self, quiet: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self.quiet = quiet
+        self.console = Console(stderr=True)
+        self.bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            console=self.console,
+            disable=quiet or not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("training", metrics="")
+        self.tenth = -1
+
+    def __enter__(self) -> None:
+        self.bar.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def show(self, progress: Progress) -> None:
+        metrics = "  ".join(
+            f"{name} {value:.4g}" for name, value in progress.metrics.items() if name.count("/") == 1
+        )
+        self.bar.update(
+            self.task,
+            total=progress.n_steps,
+            completed=progress.step,
+            metrics=metrics,
+            description=progress.note or "training",
+        )
+        tenth = 10 * progress.step // max(progress.n_steps, 1)
+        if self.bar.disable and not self.quiet and tenth > self.tenth:
+            self.console.print(f"step {progress.step}/{progress.n_steps}  {metrics}")
+        self.tenth = max(self.tenth, tenth)
+
+
+def _print_outcome(outcome: RunOutcome, folder: Path) -> None:
+    reason = f": {outcome.reason}" if outcome.reason else ""
+    click.echo(f"{outcome.outcome}{reason}, {outcome.step} steps, {outcome.wall_s:.1f} s, record in {folder}")
+    _print_metrics({**outcome.metrics, **{f"cost/{name}": value for name, value in outcome.cost.items()}})
+
+
+def _print_metrics(metrics: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if not metrics:
+        return
+    table = Table()
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in sorted(metrics.items()):
+        table.add_row(name, "not finite" if value is None else f"{value:,.6g}")
+    Console().print(table)
+
+
+commands = [train, evaluate, sync]

@@ -1,0 +1,117 @@
+"""What a model costs: bytes of its real state, FLOPs, measured speed and memory."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from experiments.backbone import Backbone
+from experiments.device import Compute
+from mixers.base import state_bytes
+
+N_FLOP_CONTEXTS = 33
+N_DECODE_TOKENS = 16
+N_PREFILL_REPEATS = 3
+
+
+def measure_cost(model: Backbone, n_tokens: int, compute: Compute) -> dict[str, float]:
+    """Costs by name, for one sequence of ``n_tokens`` tokens.
+
+    state_bytes: of all tensors of the model's real state, the larger of those after T-1 and after T tokens: a memory
+        that writes in chunks holds a full queue just before a chunk ends.
+    state_bytes_per_token: growth from T to 2T tokens, per token. state_bytes_fixed: the rest of state_bytes.
+    state_bytes_shared: the part that does not double with the batch.
+    params: trained parameters (slow weights), not part of the state. flops_per_token: forward, mean over the contexts.
+    prefill_tokens_per_s: one call on T tokens, batch 1, median. decode_ms_per_token: one-token calls after T, median.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        cost = _state_cost(model, n_tokens, compute)
+        cost["params"] = float(sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad))
+        contexts = torch.linspace(0, n_tokens - 1, min(N_FLOP_CONTEXTS, n_tokens)).round().int().tolist()
+        cost["flops_per_token"] = statistics.fmean(model.flops_per_token(context) for context in contexts)
+        return cost | _speed(model, n_tokens, compute)
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def _state_cost(model: Backbone, n_tokens: int, compute: Compute) -> dict[str, float]:
+    longest = 2 * n_tokens
+    if model.config.positions == "learned":
+        longest = min(longest, model.config.max_positions)
+
+    def measured(n: int, batch_size: int = 1) -> int:
+        tokens = torch.zeros(batch_size, n, dtype=torch.int64, device=compute.device)
+        with compute.autocast():
+            # The counter of the backbone is bookkeeping of 8 bytes, equal for all arms: left out.
+            return state_bytes(model(tokens, return_state=True).state.blocks)
+
+    full, before, later = measured(n_tokens), measured(n_tokens - 1), measured(longest)
+    per_token = (later - full) / (longest - n_tokens) if longest > n_tokens else (full - measured(1)) / (n_tokens - 1)
+    peak = max(full, before)
+    return {
+        "state_bytes": float(peak),
+        "state_bytes_per_token": per_token,
+        "state_bytes_fixed": peak - per_token * n_tokens,
+        "state_bytes_shared": float(2 * full - measured(n_tokens, batch_size=2)),
+        "state_context_tokens": float(n_tokens),
+    }
+
+
+@torch.no_grad()
+def _speed(model: Backbone, n_tokens: int, compute: Compute) -> dict[str, float]:
+    tokens = torch.zeros(1, n_tokens, dtype=torch.int64, device=compute.device)
+
+    def timed(n: int, state: object) -> tuple[float, object]:
+        compute.synchronize()
+        started = time.perf_counter()
+        with compute.autocast():
+            out = model(tokens[:, :n], state, return_state=True)
+            model.logits(out.hidden[:, -1:])
+        compute.synchronize()
+        return time.perf_counter() - started, out.state
+
+    timed(n_tokens, None)  # warm-up
+    prefill = statistics.median(timed(n_tokens, None)[0] for _ in range(N_PREFILL_REPEATS))
+    cost = {"prefill_tokens_per_s": n_tokens / prefill}
+    if model.config.positions == "learned" and n_tokens + N_DECODE_TOKENS > model.config.max_positions:
+        return cost
+    _, state = timed(n_tokens, None)
+    seconds = []
+    for _ in range(N_DECODE_TOKENS):
+        one, state = timed(1, state)
+        seconds.append(one)
+    cost["decode_ms_per_token"] = 1e3 * statistics.median(seconds)
+    return cost
+
+
+class PeakMemory:
+    """Peak memory from construction on: the device's allocator on CUDA, the process's resident set elsewhere."""
+
+    def __init__(self, compute: Compute) -> None:
+        self.compute = compute
+        if compute.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(compute.device)
+            return
+        try:
+            # Linux forgets the process's high-water mark when told so; elsewhere it covers the process's whole life.
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass
+
+    def bytes(self) -> int:
+        if self.compute.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.compute.device)
+        try:
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        except OSError:
+            pass
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,203 @@
+"""One run from config to record: train, measure, write the folder first, mirror to MLflow second."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from experiments.backbone import Backbone, build_model, validate_model
+from experiments.config import ExperimentConfig
+from experiments.cost import PeakMemory, measure_cost
+from experiments.device import Compute, resolve_compute
+from experiments.environment import environment, git_state
+from experiments.progress import Interrupted, OnProgress
+from experiments.records import (
+    FINAL_OUTCOMES,
+    RunIdentity,
+    RunOutcome,
+    finite,
+    read_metrics,
+    read_outcome,
+    run_folder,
+    write_identity,
+    write_json,
+    write_outcome,
+)
+from experiments.tasks import build_task
+from experiments.tasks.base import Task
+from experiments.tracking import RunTracker
+from experiments.train import Trainer, TrainResult
+
+
+@dataclass(frozen=True)
+class TrackingTarget:
+    """Where a run is mirrored: an MLflow store, the experiment in it, the parent run of its arm and cell."""
+
+    uri: str
+    experiment_id: str
+    parent_id: str = ""
+
+
+def run_experiment(
+    config: ExperimentConfig,
+    identity: RunIdentity,
+    runs: Path,
+    *,
+    tracking: TrackingTarget | None = None,
+    on_progress: OnProgress | None = None,
+) -> RunOutcome:
+    """Run to the end, or on from the checkpoint of an interrupted try; a final outcome found is returned as it is.
+
+    A training that raises ends as ``failed`` with the reason; :class:`Interrupted` ends as ``killed``, the checkpoint
+    saved. Both are recorded, neither is raised. User mistakes in the config raise before anything is written.
+    """
+    folder = run_folder(runs, identity.sweep, identity.key)
+    before = read_outcome(folder)
+    if before is not None and before.outcome in FINAL_OUTCOMES:
+        return before
+
+    compute = resolve_compute(config.train)
+    validate_model(config)
+    task = build_task(config.task, config.seed_for("data"))
+    write_identity(folder, identity, config.resolved())
+    write_json(folder / "environment.json", environment(str(compute.device)))
+    (folder / "outcome.json").unlink(missing_ok=True)
+
+    tracker = _start_tracker(config, identity, tracking, before)
+    recorder = _Recorder(folder, tracker)
+    try:
+        outcome = _train_and_measure(config, task, compute, folder, recorder, on_progress)
+    except Interrupted:
+        outcome = RunOutcome("killed", "interrupted; the same command resumes it")
+    except torch.OutOfMemoryError as error:
+        outcome = RunOutcome("failed", f"out of memory: {error}")
+    except Exception as error:  # noqa: BLE001  the boundary of a run: any failure is a result, kept with its reason
+        traceback.print_exc()
+        outcome = RunOutcome("failed", f"{type(error).__name__}: {error}")
+    finally:
+        recorder.close()
+    if tracker is not None:
+        outcome = replace(outcome, mlflow_run_id=tracker.run_id)
+    write_outcome(folder, outcome)
+    if outcome.outcome in FINAL_OUTCOMES and not config.train.keep_checkpoint:
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+    if tracker is not None:
+        tracker.finish(outcome, folder)
+    return outcome
+
+
+def _start_tracker(
+    config: ExperimentConfig, identity: RunIdentity, tracking: TrackingTarget | None, before: RunOutcome | None
+) -> RunTracker | None:
+    if tracking is None:
+        return None
+    tracker = RunTracker(
+        tracking.uri,
+        tracking.experiment_id,
+        identity,
+        config.resolved(),
+        parent_id=tracking.parent_id or None,
+        tags={"mixlab.git": git_state()},
+    )
+    tracker.start("" if before is None else before.mlflow_run_id)
+    return tracker
+
+
+def _train_and_measure(
+    config: ExperimentConfig,
+    task: Task,
+    compute: Compute,
+    folder: Path,
+    recorder: _Recorder,
+    on_progress: OnProgress | None,
+) -> RunOutcome:
+    model = build_model(config, task.vocab_size)
+    memory = PeakMemory(compute)
+    trainer = Trainer(
+        config,
+        model,
+        task,
+        compute,
+        checkpoint=folder / "checkpoint.pt",
+        on_metrics=recorder.log,
+        on_progress=on_progress,
+    )
+    recorder.drop_after(trainer.resume())
+    result = trainer.run()
+    if config.train.keep_checkpoint:
+        trainer.save()
+    cost = _costs(config, model, task, compute, result, memory.bytes(), recorder.tracking_s)
+    return RunOutcome(
+        outcome="diverged" if result.outcome == "diverged" else "finished",
+        reason=result.reason,
+        step=result.step,
+        tokens=result.tokens,
+        wall_s=result.wall_s,
+        metrics=dict(result.metrics),
+        cost=dict(cost),
+        impl={place: f"{mixer.name}:{mixer.impl}:{mixer.state_scope}" for place, mixer in model.named_mixers().items()},
+        data_hash=task.data_hash(),
+    )
+
+
+def _costs(
+    config: ExperimentConfig,
+    model: Backbone,
+    task: Task,
+    compute: Compute,
+    result: TrainResult,
+    peak_bytes: int,
+    tracking_s: float,
+) -> dict[str, float]:
+    cost = measure_cost(model, longest_report_sample(task, config.train.eval_batch_size), compute)
+    cost["train_tokens_per_s"] = result.tokens_per_s
+    cost["peak_bytes"] = float(peak_bytes)
+    cost["train_s"] = result.wall_s
+    cost["tracking_s"] = tracking_s
+    return cost
+
+
+def longest_report_sample(task: Task, batch_size: int) -> int:
+    """The number of tokens at which costs are measured."""
+    return max(batch.tokens.shape[1] for batch in task.eval_batches("report", batch_size))
+
+
+class _Recorder:
+    """Writes metrics.jsonl line by line, then hands the same row to the tracker."""
+
+    def __init__(self, folder: Path, tracker: RunTracker | None) -> None:
+        self.folder, self.tracker = folder, tracker
+        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115  closed by the run
+
+    def drop_after(self, step: int) -> None:
+        """Forget rows of steps that an earlier try made after its last checkpoint: they are made again."""
+        rows = read_metrics(self.folder)
+        kept = [row for row in rows if row["step"] <= step] if step else []
+        if len(kept) == len(rows):
+            return
+        self.file.close()
+        path = self.folder / "metrics.jsonl"
+        temporary = path.with_name(".metrics.jsonl.tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        temporary.replace(path)
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by the run
+
+    def log(self, step: int, tokens: int, wall_s: float, values: dict[str, float]) -> None:
+        time_ms = time.time_ns() // 1_000_000
+        row = {"step": step, "tokens": tokens, "time_ms": time_ms, "wall_s": round(wall_s, 6), **finite(values)}
+        self.file.write(json.dumps(row, allow_nan=False) + "\n")
+        self.file.flush()
+        if self.tracker is not None:
+            self.tracker.log(values, step, time_ms)
+
+    @property
+    def tracking_s(self) -> float:
+        return 0.0 if self.tracker is None else self.tracker.seconds
+
+    def close(self) -> None:
+        self.file.close()

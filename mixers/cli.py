@@ -1,0 +1,93 @@
+"""``mixlab mixers``: what is registered."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+REFERENCE_WIDTH = 64
+REFERENCE_TOKENS = 512
+
+
+def plugin_option(command: Any) -> Any:
+    return click.option(
+        "--plugin", "plugins", multiple=True, type=click.Path(), help="Python file that registers mixers; repeatable."
+    )(command)
+
+
+@click.command("mixers")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+@plugin_option
+def mixers_command(as_json: bool, plugins: tuple[str, ...]) -> None:
+    """List the registered mixers: family, slot, state, devices, source."""
+    from mixers import registry
+
+    for plugin in plugins:
+        registry.load_plugin(plugin)
+    rows = [describe(name) for name in registry.names()]
+    problems = registry.problems()
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+    else:
+        _print_table(rows)
+    for name, why in problems.items():
+        click.echo(f"mixlab: entry point {name!r} was left out: {why}", err=True)
+
+
+def describe(name: str) -> dict[str, Any]:
+    """One mixer as JSON values; parameters and state are measured on its default options at a reference size."""
+    import torch
+
+    from mixers import registry
+    from mixers.base import state_bytes
+
+    cls = registry.get(name)
+    mixer = registry.build(name, {"d_model": REFERENCE_WIDTH})
+    with torch.no_grad():
+        tokens = torch.zeros(1, REFERENCE_TOKENS, REFERENCE_WIDTH)
+        state = mixer.eval()(tokens, return_state=True).state
+    return {
+        "name": name,
+        "family": cls.family,
+        "default_slot": cls.default_slot,
+        "causal": cls.traits.causal,
+        "state_scope": mixer.state_scope,
+        "state_growth": mixer.state_growth,
+        "devices": list(cls.traits.devices),
+        "impl": mixer.impl,
+        "params": sum(parameter.numel() for parameter in mixer.parameters()),
+        "state_bytes": state_bytes(state),
+        "reference": {"d_model": REFERENCE_WIDTH, "n_tokens": REFERENCE_TOKENS},
+        "source": cls.source,
+        "module": cls.__module__,
+    }
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Mixers, default options, d_model={REFERENCE_WIDTH}, state after {REFERENCE_TOKENS} tokens")
+    for column in ("name", "family", "slot", "state", "growth", "runs as"):
+        table.add_column(column)
+    for column in ("params", "state bytes"):
+        table.add_column(column, justify="right")
+    table.add_column("source")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            row["family"],
+            row["default_slot"],
+            row["state_scope"] if row["state_growth"] != "none" else "none",
+            row["state_growth"],
+            row["impl"],
+            f"{row['params']:,}",
+            f"{row['state_bytes']:,}",
+            row["source"],
+        )
+    Console().print(table)
+
+
+commands = [mixers_command]

@@ -1,0 +1,192 @@
+"""The functional entry point of fast-weight product-key memory: checks its arguments, picks the implementation."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixers.errors import UserError
+from mixers.fwpkm.reference import ChunkOptions, write_chunks
+from mixers.product_keys import Score
+
+Scope = Literal["sequence", "shared"]
+UpdateScale = Literal["paper", "released"]
+IMPLEMENTATIONS = ("auto", "reference")
+
+
+class FastWeightOutput(NamedTuple):
+    """read (B,T,V); the memory after the call, keys (H,2,n,K/2) and values (N,V), with a leading B in scope
+    ``sequence``; slots (B,T,H,k) int64 and weights (B,T,H,k) of every read; value_loss and address_loss ()."""
+
+    read: Tensor
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+    weights: Tensor
+    value_loss: Tensor
+    address_loss: Tensor
+
+
+def fast_weight_pkm(
+    q: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    chunk_size: int,
+    top_k: int,
+    lookahead: int = 1,
+    lr: float = 1.0,
+    weight_decay: float = 0.0,
+    score: Score = "idw",
+    activation: Literal["softmax"] = "softmax",
+    temperature: float = 1.0,
+    address_weight: float = 1.0,
+    value_loss_to_keys: bool = False,
+    clip: bool = False,
+    mask: Tensor | None = None,
+    scope: Scope = "shared",
+    update_scale: UpdateScale = "paper",
+    impl: str = "auto",
+) -> FastWeightOutput:
+    """Read a product-key memory chunk by chunk and write each chunk into it (Zhao & Jones 2026, arXiv:2601.00671).
+
+    Within a chunk of C tokens all reads see the memory as it was before the chunk:
+
+        a_t = softmax over the H*k best slots jointly (scores / temperature);  read_t = sum_j a_tj values[slot_tj]
+
+    Then, with e_t = gate_t mask_t (read_t - v_{t+L}) for the pairs (t, t+L) inside the chunk,
+
+        values_u <- values_u - lr * scale / cnt_u * sum_{(t,j)->u} a_tj e_t
+
+    where cnt_u counts how often the chunk's tokens (all of them) accessed slot u; scale = 1 (``paper``) or
+    H k ns / M (``released``; M pairs of the chunk, ns its tokens or, with a mask, its unmasked pairs). The sub-keys
+    descend the negative marginal entropy of their own use, A = address_weight * sum_i Pbar_i log(Pbar_i + 1e-8)
+    per half. A trailing chunk shorter than C is written too; tokens that must wait for more belong to the caller.
+
+    Args:
+        q: queries (B,T,H,K), K even. v: targets (B,T,V). gate: weight of each pair's loss (B,T), None for 1.
+        keys: sub-keys (H,2,n,K/2). values: (n*n,V). In scope ``sequence`` every sequence starts from these, or from
+            its own when they carry a leading B.
+        chunk_size: C. top_k: k <= n slots read per head. lookahead: L; the last L tokens of a chunk write nothing.
+        lr, weight_decay: of the write, p <- p - lr * (gradient + weight_decay * p). clip: gradient to +-1 first.
+        value_loss_to_keys: whether 0.5 * mean_pairs[gate mask mean_V (read - v)^2] also moves the keys.
+        mask: (B,T) bool or 0/1; False keeps pair (t, t+L) from being written. It does not change reads, counts or
+            the addressing loss.
+        scope: ``sequence``, one memory per sequence; ``shared``, all sequences read and write one.
+        impl: ``reference`` or ``auto``.
+
+    Gradients flow into q, v, gate, keys and values through every write of the call; the choice of slots is constant.
+    ``value_loss`` and ``address_loss`` are means over the call's pairs and chunks; they are for logging and belong
+    to the writes: add neither to a training loss.
+
+    Raises:
+        UserError: for shapes, types or options that don't fit, naming the argument and its value.
+
+    Differences from the released code: the write's scale is the paper's by default; scope ``sequence`` exists; and
+    results do not depend on how a sequence is cut into calls at chunk boundaries.
+    """
+    options = ChunkOptions(
+        chunk_size=chunk_size,
+        top_k=top_k,
+        lookahead=lookahead,
+        lr=lr,
+        weight_decay=weight_decay,
+        score=score,
+        temperature=temperature,
+        address_weight=address_weight,
+        value_loss_to_keys=value_loss_to_keys,
+        clip=clip,
+        update_scale=update_scale,
+    )
+    _check(q, v, gate, keys, values, mask, scope, activation, options)
+    resolve_impl(impl)
+
+    n_sequences, n_tokens, n_heads, _ = q.shape
+    # A memory is used by R sequences: all of them (shared), or one each (sequence).
+    n_memories = n_sequences if scope == "sequence" else 1
+    if keys.ndim == 4:
+        keys = keys.expand(n_memories, *keys.shape)
+        values = values.expand(n_memories, *values.shape)
+
+    def per_memory(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.reshape(n_memories, -1, *tensor.shape[1:])
+
+    out = write_chunks(
+        per_memory(q), per_memory(v), per_memory(gate), keys, values, per_memory(mask), options
+    )
+    shape = (n_sequences, n_tokens)
+    new_keys, new_values = (out.keys, out.values) if scope == "sequence" else (out.keys[0], out.values[0])
+    return FastWeightOutput(
+        out.read.reshape(*shape, v.shape[-1]),
+        new_keys,
+        new_values,
+        out.slots.reshape(*shape, n_heads, top_k),
+        out.weights.reshape(*shape, n_heads, top_k),
+        out.value_loss,
+        out.address_loss,
+    )
+
+
+def resolve_impl(impl: str) -> str:
+    """The implementation that ``impl`` stands for here."""
+    if impl not in IMPLEMENTATIONS:
+        raise UserError(f"fast_weight_pkm: impl={impl!r} is not available; choose one of {', '.join(IMPLEMENTATIONS)}")
+    return "reference"
+
+
+def _check(
+    q: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scope: str,
+    activation: str,
+    options: ChunkOptions,
+) -> None:
+    def require(condition: bool, text: str) -> None:
+        if not condition:
+            raise UserError(f"fast_weight_pkm: {text}")
+
+    require(q.ndim == 4, f"q must be (B,T,H,K), got {tuple(q.shape)}")
+    n_sequences, n_tokens, n_heads, key_dim = q.shape
+    require(key_dim % 2 == 0, f"the key width K must be even to be cut in halves, got K={key_dim}")
+    require(n_sequences > 0, "q holds no sequences (B=0)")
+    require(scope in ("sequence", "shared"), f"scope must be 'sequence' or 'shared', got {scope!r}")
+    lead = (n_sequences,) if keys.ndim == 5 and scope == "sequence" else ()
+    n_subkeys = keys.shape[-2] if keys.ndim >= 2 else 0
+    want_keys = (*lead, n_heads, 2, n_subkeys, key_dim // 2)
+    require(tuple(keys.shape) == want_keys, f"keys must be (H,2,n,K/2) = {want_keys}, got {tuple(keys.shape)}")
+    value_dim = v.shape[-1]
+    want_values = (*lead, n_subkeys**2, value_dim)
+    require(tuple(values.shape) == want_values, f"values must be (n*n,V) = {want_values}, got {tuple(values.shape)}")
+    for name, tensor, want in (
+        ("v", v, (n_sequences, n_tokens, value_dim)),
+        ("gate", gate, (n_sequences, n_tokens)),
+        ("mask", mask, (n_sequences, n_tokens)),
+    ):
+        require(tensor is None or tuple(tensor.shape) == want, f"{name} must be {want}, got {_shape(tensor)}")
+    dtypes = {tensor.dtype for tensor in (q, v, keys, values, *(() if gate is None else (gate,)))}
+    require(
+        len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64},
+        f"q, v, gate, keys and values must all be float32 or all float64, got {sorted(map(str, dtypes))}",
+    )
+    o = options
+    require(1 <= o.top_k <= n_subkeys, f"top_k must be within 1..n={n_subkeys}, got {o.top_k}")
+    require(o.chunk_size >= 1, f"chunk_size must be at least 1, got {o.chunk_size}")
+    require(o.lookahead >= 0, f"lookahead must be at least 0, got {o.lookahead}")
+    require(o.temperature > 0, f"temperature must be positive, got {o.temperature}")
+    require(o.score in ("idw", "dot"), f"score must be 'idw' or 'dot', got {o.score!r}")
+    require(activation == "softmax", f"activation must be 'softmax', got {activation!r}")
+    require(
+        o.update_scale in ("paper", "released"), f"update_scale must be 'paper' or 'released', got {o.update_scale!r}"
+    )
+
+
+def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)

@@ -1,0 +1,93 @@
+"""Product keys: the k best of N = n*n slots for the price of 2n scores (Lample et al. 2019, arXiv:1907.05242).
+
+A query (K) is cut in two halves, each scored against n sub-keys of width K/2. The k best of each half are kept,
+their k*k sums formed, and the k best sums kept; slot = i1 * n + i2. As a slot's score is the sum of its halves'
+scores, this finds the k best of all n*n slots exactly.
+
+Letters: M memories, S queries per memory, H heads, k slots read per head, n sub-keys per half, V value width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Score = Literal["idw", "dot"]
+IDW_EPS = 1e-3
+
+
+class Selection(NamedTuple):
+    """The slots that queries address. Gradients flow through scores, never through the choice.
+
+    half_indices (M,S,H,2,k): the k best sub-keys of each half, best first.
+    half_keys (M,S,H,2,k,K/2): those sub-keys. half_distances (M,S,H,2,k): squared distance to them, None for ``dot``.
+    half_scores (M,S,H,2,k): their scores.
+    pairs (M,S,H,k): the chosen sums, as position1 * k + position2 within the two lists above.
+    slots (M,S,H,k) int64 and scores (M,S,H,k): the chosen slots, best first.
+    """
+
+    half_indices: Tensor
+    half_keys: Tensor
+    half_distances: Tensor | None
+    half_scores: Tensor
+    pairs: Tensor
+    slots: Tensor
+    scores: Tensor
+
+
+def select(queries: Tensor, keys: Tensor, top_k: int, score: Score) -> Selection:
+    """Address ``queries`` (M,S,H,K) in the sub-keys (M,H,2,n,K/2) of each memory.
+
+    ``idw``: s = -log(1e-3 + |q_half - key|^2) (inverse distance weighting; a softmax over sums of two such scores
+    is proportional to 1 / ((1e-3 + d1)(1e-3 + d2))). ``dot``: s = <q_half, key>.
+
+    The choice uses |q|^2 - 2<q,key> + |key|^2, which cancels for near keys; the chosen k are scored again from the
+    differences themselves, so scores are exact to rounding. Ties are broken as ``torch.topk`` breaks them.
+    """
+    n_memories, n_queries, n_heads, key_dim = queries.shape
+    n_subkeys = keys.shape[3]
+    halves = queries.reshape(n_memories, n_queries, n_heads, 2, key_dim // 2)
+
+    with torch.no_grad():
+        coarse = torch.einsum("mshak,mhank->mshan", halves, keys)
+        if score == "idw":
+            # |q|^2 is the same for all sub-keys of a query: it does not change the order.
+            coarse = 2 * coarse - keys.square().sum(-1).unsqueeze(1)
+        half_indices = coarse.topk(top_k, dim=-1).indices
+
+    tables = torch.arange(n_memories * n_heads * 2, device=keys.device).view(n_memories, 1, n_heads, 2, 1)
+    half_keys = F.embedding(half_indices + tables * n_subkeys, keys.reshape(-1, key_dim // 2))
+    if score == "idw":
+        half_distances = (halves.unsqueeze(-2) - half_keys).square().sum(-1)
+        half_scores = -torch.log(IDW_EPS + half_distances)
+    else:
+        half_distances = None
+        half_scores = (halves.unsqueeze(-2) * half_keys).sum(-1)
+
+    sums = (half_scores[..., 0, :, None] + half_scores[..., 1, None, :]).flatten(-2)
+    scores, pairs = sums.topk(top_k, dim=-1)
+    first = half_indices[..., 0, :].gather(-1, pairs // top_k)
+    second = half_indices[..., 1, :].gather(-1, pairs % top_k)
+    return Selection(
+        half_indices, half_keys, half_distances, half_scores, pairs, first * n_subkeys + second, scores
+    )
+
+
+def read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    """sum_j weights_j * values[slot_j]: values (M,N,V), slots and weights (M,S,J) -> (M,S,V).
+
+    A fused gather and weighted sum: the (M,S,J,V) rows are never formed.
+    """
+    n_memories, n_slots, value_dim = values.shape
+    offsets = torch.arange(n_memories, device=slots.device).view(-1, 1, 1) * n_slots
+    n_read = slots.shape[-1]
+    rows = F.embedding_bag(
+        (slots + offsets).reshape(-1, n_read),
+        values.reshape(-1, value_dim),
+        mode="sum",
+        per_sample_weights=weights.reshape(-1, n_read),
+    )
+    return rows.view(n_memories, -1, value_dim)
