@@ -194,7 +194,8 @@ def layer_plan(pattern: Pattern, config: ModelConfig) -> list[dict[Slot, MixerSp
         plan.append({} if spec is None else {"token": spec})
     if len(pattern.token) > config.n_layers:
         raise UserError(
-            f"{place}: names {len(pattern.token)} token mixers for n_layers={config.n_layers}; the last would never be used"
+            f"{place}: names {len(pattern.token)} token mixers for n_layers={config.n_layers}; "
+            "the last would never be used"
         )
     for placed in pattern.placements:
         slot = placed.slot or registry.get(placed.mixer.name).default_slot

@@ -204,9 +204,7 @@ class _ProgressBar:
         self.bar.stop()
 
     def show(self, progress: Progress) -> None:
-        metrics = "  ".join(
-            f"{name} {value:.4g}" for name, value in progress.metrics.items() if name.count("/") == 1
-        )
+        metrics = "  ".join(f"{name} {value:.4g}" for name, value in progress.metrics.items() if name.count("/") == 1)
         self.bar.update(
             self.task,
             total=progress.n_steps,

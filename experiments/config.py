@@ -27,7 +27,9 @@ class ModelConfig(StrictModel):
     n_layers: int = Field(2, gt=0)
     mlp: Literal["none", "swiglu"] = "none"
     mlp_width: int | None = Field(None, gt=0, description="hidden width; None: 8/3 D rounded up to a multiple of 8")
-    short_conv: int = Field(0, ge=0, description="kernel of a causal depthwise convolution before the token mixer; 0: none")
+    short_conv: int = Field(
+        0, ge=0, description="kernel of a causal depthwise convolution before the token mixer; 0: none"
+    )
     positions: Literal["none", "learned"] = "none"
     max_positions: int = Field(2048, gt=0, description="length of the learned position table")
     tie_embeddings: bool = True
@@ -50,7 +52,9 @@ class StopConfig(StrictModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.metric.startswith("select/"):
-            raise ValueError(f"early stop reads the select split only: metric must start with 'select/', got {self.metric!r}")
+            raise ValueError(
+                f"early stop reads the select split only: metric must start with 'select/', got {self.metric!r}"
+            )
         if self.threshold is None and self.patience is None:
             raise ValueError("give threshold or patience, or leave train.stop out")
         return self
@@ -96,7 +100,9 @@ class StateConfig(StrictModel):
     scope: Literal["sequence", "shared"] | None = Field(
         None, description="sets the option `scope` of every mixer that has one; None: what the pattern says"
     )
-    carry: Literal["none", "stream"] = Field("none", description="whether a training step continues the last one's state")
+    carry: Literal["none", "stream"] = Field(
+        "none", description="whether a training step continues the last one's state"
+    )
     reset_between_samples: bool = Field(True, description="whether every evaluation batch starts from a fresh state")
     reads: int = Field(1, gt=0, description="times an evaluation sample is read, the state carried; the last is scored")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import statistics
 import time
@@ -99,19 +100,15 @@ class PeakMemory:
         if compute.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(compute.device)
             return
-        try:
-            # Linux forgets the process's high-water mark when told so; elsewhere it covers the process's whole life.
+        # Linux forgets the process's high-water mark when told so; elsewhere it covers the process's whole life.
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass
 
     def bytes(self) -> int:
         if self.compute.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.compute.device)
-        try:
+        with contextlib.suppress(OSError):
             for line in Path("/proc/self/status").read_text().splitlines():
                 if line.startswith("VmHWM:"):
                     return int(line.split()[1]) * 1024
-        except OSError:
-            pass
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

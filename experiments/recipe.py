@@ -20,4 +20,6 @@ def recipe_path(name_or_path: str) -> Path:
     if shipped.is_file():
         return shipped
     known = sorted(recipe.stem for recipe in RECIPES.glob("*.toml"))
-    raise UserError(f"no experiment {name_or_path!r}: neither a file nor a shipped recipe{nearest(name_or_path, known)}")
+    raise UserError(
+        f"no experiment {name_or_path!r}: neither a file nor a shipped recipe{nearest(name_or_path, known)}"
+    )

@@ -221,7 +221,7 @@ class Trainer:
     def _should_stop(self, stop: StopConfig, metrics: dict[str, float]) -> bool:
         if stop.metric not in metrics:
             raise UserError(f"train.stop.metric={stop.metric!r}: the task reports {', '.join(sorted(metrics))}")
-        sign = 1.0 if stop.metric.removeprefix("select/") in self.task.higher_is_better else -1.0
+        sign = 1.0 if stop.metric.split("/")[1] in self.task.higher_is_better else -1.0
         value = metrics[stop.metric]
         if stop.threshold is not None and sign * value >= sign * stop.threshold:
             return True

@@ -61,6 +61,11 @@ def _one_line(cls: type[BaseModel], error: pydantic.ValidationError, place: str,
         return f"{where}: unknown key{nearest(path[-1], _fields_at(cls, path[:-1]))}{more}"
     if first["type"] == "missing":
         return f"{where}: required, but not given{more}"
+    if first["type"] == "union_tag_invalid":
+        context = first["ctx"]
+        known = [tag.strip("' ") for tag in context["expected_tags"].split(",")]
+        field = context["discriminator"].strip("'")
+        return f"{where}.{field}: unknown {context['tag']!r}{nearest(context['tag'], known)}{more}"
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     given = "" if first["type"] == "value_error" else f", got {first['input']!r}"
@@ -71,9 +76,9 @@ def _path_in(values: Any, location: tuple[int | str, ...]) -> list[str]:
     """The part of pydantic's location that the user wrote: a tagged union also puts its tag in."""
     path: list[str] = []
     for depth, part in enumerate(location):
-        if isinstance(values, dict) and part in values:
-            values = values[part]
-        elif isinstance(values, (list, tuple)) and isinstance(part, int) and part < len(values):
+        if (isinstance(values, dict) and part in values) or (
+            isinstance(values, (list, tuple)) and isinstance(part, int) and part < len(values)
+        ):
             values = values[part]
         elif depth < len(location) - 1:
             continue
@@ -85,7 +90,9 @@ def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:
     """Names of the fields of the model that lies at ``path`` below ``cls``."""
     models: list[type[BaseModel]] = [cls]
     for part in path:
-        inner = [m for model in models if part in model.model_fields for m in _models(model.model_fields[part].annotation)]
+        inner = [
+            m for model in models if part in model.model_fields for m in _models(model.model_fields[part].annotation)
+        ]
         models = inner or models
     return sorted({name for model in models for name in model.model_fields})
 

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mixers.base import Mixer, MixerConfig, MixerOutput, ParameterOptions, State, Traits
+from mixers.masking import zero_padding
 from mixers.product_keys import read, select
 from mixers.registry import register
 
@@ -45,9 +46,9 @@ class ProductKeyMemory(Mixer):
 
     No state: every token is read alone, so by itself this layer can recall nothing from the context. ``query_norm``:
     ``rms`` works in the input's precision; ``rms_float32`` rounds to float32 inside, as released, which differs for
-    wider inputs only; ``batch`` is Lample's batch normalisation over all tokens of the call. It is the one option that breaks the
-    contract, by definition: while training, a token's output depends on the whole batch and later tokens, and running
-    averages are written in forward.
+    wider inputs only; ``batch`` is Lample's batch normalisation over all tokens of the call. It is the one option
+    that breaks the contract, by definition: while training, a token's output depends on the whole batch and later
+    tokens, and running averages are written in forward.
     """
 
     Config = ProductKeyMemoryConfig
@@ -105,6 +106,7 @@ class ProductKeyMemory(Mixer):
     ) -> MixerOutput:
         c = self.config
         n_sequences, n_tokens, _ = x.shape
+        x = zero_padding(x, mask)
         q = self.q_norm(self.q_proj(x))
         # Distances and scores need the parameters' precision: narrower ones choose wrong slots.
         with torch.autocast(x.device.type, enabled=False):
@@ -115,10 +117,7 @@ class ProductKeyMemory(Mixer):
         rows = rows.view(n_sequences, n_tokens, self.value_dim).to(x.dtype)
         if c.use_gate:
             rows = rows * nn.functional.silu(self.gate_proj(x))
-        y = self.out_proj(rows)
-        if mask is not None:
-            y = y * mask.unsqueeze(-1)
-        return MixerOutput(y, None, {})
+        return MixerOutput(zero_padding(self.out_proj(rows), mask), None, {})
 
     def flops_per_token(self, context: int) -> float:
         """Projections 2 D (H K + V + gate V), sub-key scores 2 H n K, read 2 H k V; the same at every context."""

@@ -71,9 +71,7 @@ def select(queries: Tensor, keys: Tensor, top_k: int, score: Score) -> Selection
     scores, pairs = sums.topk(top_k, dim=-1)
     first = half_indices[..., 0, :].gather(-1, pairs // top_k)
     second = half_indices[..., 1, :].gather(-1, pairs % top_k)
-    return Selection(
-        half_indices, half_keys, half_distances, half_scores, pairs, first * n_subkeys + second, scores
-    )
+    return Selection(half_indices, half_keys, half_distances, half_scores, pairs, first * n_subkeys + second, scores)
 
 
 def read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def load_all() -> None:
     for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         try:
             point.load()
-        except Exception as error:  # a stranger's package may raise anything; the others keep working
+        except Exception as error:  # noqa: BLE001  a stranger's package may raise anything; the others keep working
             _problems[point.name] = f"{point.value}: {_where(error)}"
 
 
@@ -104,7 +104,7 @@ def load_plugin(path: str | Path) -> list[str]:
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  a user's file may raise anything; its registrations are undone
         del sys.modules[module_name]
         _registered.clear()
         _registered.update(before)

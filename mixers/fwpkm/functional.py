@@ -115,9 +115,7 @@ def fast_weight_pkm(
     def per_memory(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.reshape(n_memories, -1, *tensor.shape[1:])
 
-    out = write_chunks(
-        per_memory(q), per_memory(v), per_memory(gate), keys, values, per_memory(mask), options
-    )
+    out = write_chunks(per_memory(q), per_memory(v), per_memory(gate), keys, values, per_memory(mask), options)
     shape = (n_sequences, n_tokens)
     new_keys, new_values = (out.keys, out.values) if scope == "sequence" else (out.keys[0], out.values[0])
     return FastWeightOutput(

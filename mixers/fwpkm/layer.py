@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mixers.base import Mixer, MixerConfig, MixerOutput, ParameterOptions, Traits
 from mixers.fwpkm.functional import fast_weight_pkm, resolve_impl
+from mixers.masking import zero_padding
 from mixers.norms import RMSNorm
 from mixers.product_keys import read, select
 from mixers.registry import register
@@ -90,7 +91,7 @@ class FastWeightPKM(Mixer):
     back, to the slots that the earlier token reads: with 1, "what follows this" is what a later read finds.
 
     ``initial_memory``: ``frozen``, drawn once and never trained, as released; ``learned``, trained with the model.
-    Masked tokens never enter a pair (t, t+L) and their y is zero. As chunks are counted from the start of the
+    Masked tokens count as zeros, never enter a pair (t, t+L), and their y is zero; they still count as accesses. As chunks are counted from the start of the
     input, left padding shifts the chunk boundaries of the real tokens and so changes which writes a read sees.
 
     Differences from the released code: per-sequence memories by default, the paper's update scale, one gate output
@@ -179,12 +180,13 @@ class FastWeightPKM(Mixer):
     ) -> MixerOutput:
         c = self.config
         n_sequences, n_tokens, _ = x.shape
+        x = zero_padding(x, mask)
         if state is None:
             state = self.initial_state(n_sequences, device=x.device, dtype=x.dtype)
 
         q = self.q_proj(self.q_norm(x)).view(n_sequences, n_tokens, c.n_heads, self.key_dim)
         v = self.v_proj(self.v_norm(x))
-        if c.z_score:
+        if c.z_score and n_tokens:
             v = (v - v.mean(-1, keepdim=True)) / (v.std(-1, keepdim=True) + ZSCORE_EPS)
         gate = None
         if c.use_gate or c.gate_weighting:
@@ -200,8 +202,7 @@ class FastWeightPKM(Mixer):
         if c.use_gate:
             mixed = gate.unsqueeze(-1) * mixed + (1 - gate).unsqueeze(-1) * v
         y = self.out_proj(self.out_norm(mixed))
-        if mask is not None:
-            y = y * mask.unsqueeze(-1)
+        y = zero_padding(y, mask)
         return MixerOutput(y, state if return_state else None, self._aux(gate, slots, losses))
 
     def _memory(
@@ -255,11 +256,13 @@ class FastWeightPKM(Mixer):
                 impl=c.impl,
             )
             keys, values = (out.keys, out.values) if c.scope == "sequence" else (out.keys[None], out.values[None])
-            rows.append(out.read)
-            slots.append(out.slots)
+            # The queue's tokens were read when they came; C > W, so they all lie in what was written.
+            rows.append(out.read[:, n_waiting:])
+            slots.append(out.slots[:, n_waiting:])
             losses = {"value_loss": out.value_loss, "address_loss": out.address_loss}
-        if n_written < q.shape[1] or not rows:
-            tail_rows, tail_slots = self._read_only(q[:, n_written:], keys, values)
+        first_unread = max(n_written, n_waiting)
+        if first_unread < q.shape[1] or not rows:
+            tail_rows, tail_slots = self._read_only(q[:, first_unread:], keys, values)
             rows.append(tail_rows)
             slots.append(tail_slots)
         new_state = FastWeightState(
@@ -270,7 +273,7 @@ class FastWeightPKM(Mixer):
             None if gate is None else gate[:, n_full:],
             None if mask is None else mask[:, n_full:],
         )
-        return torch.cat(rows, dim=1)[:, n_waiting:], torch.cat(slots, dim=1)[:, n_waiting:], new_state, losses
+        return torch.cat(rows, dim=1), torch.cat(slots, dim=1), new_state, losses
 
     def _read_only(self, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Rows (B,T,V) and slots (B,T,H,k) that q (B,T,H,K) reads from the memory as it is."""

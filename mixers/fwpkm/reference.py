@@ -1,7 +1,7 @@
 """Fast-weight product-key memory, readable: the definitions in plain torch, differentiated by autograd.
 
 Every chunk makes new tables, so autograd carries the gradient through all writes of a call. Cost and memory grow
-with the table times the number of chunks.
+with the size of the table times the number of chunks.
 
 Letters: M memories, R sequences per memory, C chunk, H heads, K key width, k slots per head, n sub-keys per half,
 N = n*n slots, V value width.
@@ -127,9 +127,7 @@ class _Chunk(NamedTuple):
     read: Tensor
 
 
-def _write(
-    chunk: _Chunk, keys: Tensor, values: Tensor, options: ChunkOptions
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _write(chunk: _Chunk, keys: Tensor, values: Tensor, options: ChunkOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The tables after the chunk, its summed weighted squared error (mean over V), its addressing loss."""
     n_memories, n_rows, n_chunk = chunk.q.shape[:3]
     n_writing = max(n_chunk - options.lookahead, 0)
@@ -145,49 +143,57 @@ def _write(
     error = pair_weight.unsqueeze(-1) * difference
     squared_error = (pair_weight * difference.square().mean(-1)).sum()
 
-    value_gradient = _value_gradient(chunk, error, values, options)
+    value_rows = _value_rows(chunk, error, values.shape[1], options)
     half_gradient, neg_entropy = _address_gradient(chunk, keys.shape[3], options)
     if options.value_loss_to_keys and n_writing:
         n_pairs = n_rows * n_writing
-        half_gradient = half_gradient + _value_loss_on_halves(
-            chunk, error / (n_pairs * value_dim), values, options
-        )
-    key_gradient = _to_keys(chunk, half_gradient, keys, options)
-
-    if options.clip:
-        value_gradient, key_gradient = value_gradient.clamp(-1, 1), key_gradient.clamp(-1, 1)
-    if options.weight_decay:
-        value_gradient = value_gradient + options.weight_decay * values
-        key_gradient = key_gradient + options.weight_decay * keys
-    return keys - options.lr * key_gradient, values - options.lr * value_gradient, squared_error, neg_entropy
-
-
-def _value_gradient(chunk: _Chunk, error: Tensor, values: Tensor, options: ChunkOptions) -> Tensor:
-    """scale / cnt_u * sum_{(t,j)->u} a_tj e_t, dense (M,N,V)."""
-    n_memories, n_rows, n_writing, value_dim = error.shape
-    n_slots, n_chunk = values.shape[1], chunk.q.shape[2]
-    n_read = chunk.at.slots.shape[-1]
-    offsets = torch.arange(n_memories, device=values.device).view(-1, 1, 1) * n_slots
-    accessed = chunk.at.slots + offsets
-    counts = values.new_zeros(n_memories * n_slots)
-    counts.index_add_(0, accessed.flatten(), values.new_ones(()).expand(accessed.numel()))
-
-    def pairs(per_token: Tensor) -> Tensor:
-        return per_token.view(n_memories, n_rows, n_chunk, n_read)[:, :, :n_writing]
-
-    contribution = pairs(chunk.at.weights).unsqueeze(-1) * error.unsqueeze(-2)
-    summed = values.new_zeros(n_memories * n_slots, value_dim).index_add(
-        0, pairs(accessed).flatten(), contribution.reshape(-1, value_dim)
+        half_gradient = half_gradient + _value_loss_on_halves(chunk, error / (n_pairs * value_dim), values, options)
+    key_rows = _key_rows(chunk, half_gradient, keys.shape[3], options)
+    return (
+        _descend(keys.flatten(0, 3), key_rows, options).view(keys.shape),
+        _descend(values.flatten(0, 1), value_rows, options).view(values.shape),
+        squared_error,
+        neg_entropy,
     )
-    mean = (summed / counts.clamp(min=1).unsqueeze(-1)).view(values.shape)
-    if options.update_scale == "paper" or not n_writing:
-        return mean
-    n_pairs = n_rows * n_writing
-    if chunk.mask is None:
-        n_effective = values.new_full((n_memories,), n_rows * n_chunk)
-    else:
-        n_effective = chunk.mask[:, :, :n_writing].to(values.dtype).sum(dim=(1, 2))
-    return mean * (n_read * n_effective / n_pairs).view(-1, 1, 1)
+
+
+class _GradientRows(NamedTuple):
+    """A gradient on a table, as rows to be summed: index (E,) int64 and rows (E,W)."""
+
+    index: Tensor
+    rows: Tensor
+
+
+def _descend(table: Tensor, gradient: _GradientRows, options: ChunkOptions) -> Tensor:
+    """p - lr * (gradient + weight_decay * p), the gradient's entries clipped to +-1 where asked for."""
+    if options.clip:
+        summed = torch.zeros_like(table).index_add(0, gradient.index, gradient.rows).clamp(-1, 1)
+        return table - options.lr * (summed + options.weight_decay * table)
+    if options.weight_decay:
+        table = table * (1 - options.lr * options.weight_decay)
+    return table.index_add(0, gradient.index, -options.lr * gradient.rows)
+
+
+def _value_rows(chunk: _Chunk, error: Tensor, n_slots: int, options: ChunkOptions) -> _GradientRows:
+    """scale / cnt_u * a_tj e_t for every pair's accesses (t,j) -> u."""
+    n_memories, n_rows, n_writing, value_dim = error.shape
+    n_chunk, n_read = chunk.q.shape[2], chunk.at.slots.shape[-1]
+    offsets = torch.arange(n_memories, device=error.device).view(-1, 1, 1) * n_slots
+    accessed = (chunk.at.slots + offsets).view(n_memories, n_rows, n_chunk, n_read)
+    counts = error.new_zeros(n_memories * n_slots)
+    counts.index_add_(0, accessed.flatten(), error.new_ones(()).expand(accessed.numel()))
+
+    writing = accessed[:, :, :n_writing]
+    share = chunk.at.weights.view(n_memories, n_rows, n_chunk, n_read)[:, :, :n_writing] / counts[writing]
+    if options.update_scale == "released" and n_writing:
+        n_pairs = n_rows * n_writing
+        if chunk.mask is None:
+            n_effective = error.new_full((n_memories,), n_rows * n_chunk)
+        else:
+            n_effective = chunk.mask[:, :, :n_writing].to(error.dtype).sum(dim=(1, 2))
+        share = share * (n_read * n_effective / n_pairs).view(-1, 1, 1, 1)
+    rows = share.unsqueeze(-1) * error.unsqueeze(-2)
+    return _GradientRows(writing.flatten(), rows.reshape(-1, value_dim))
 
 
 def _address_gradient(chunk: _Chunk, n_subkeys: int, options: ChunkOptions) -> tuple[Tensor, Tensor]:
@@ -233,22 +239,18 @@ def _value_loss_on_halves(chunk: _Chunk, error_mean: Tensor, values: Tensor, opt
     return torch.stack([first, second], dim=-2)
 
 
-def _to_keys(chunk: _Chunk, on_half_scores: Tensor, keys: Tensor, options: ChunkOptions) -> Tensor:
-    """Carry a gradient on the half scores to the sub-keys: (M,S,H,2,k) -> (M,H,2,n,K/2)."""
+def _key_rows(chunk: _Chunk, on_half_scores: Tensor, n_subkeys: int, options: ChunkOptions) -> _GradientRows:
+    """Carry a gradient on the half scores (M,S,H,2,k) to the rows of the sub-key table."""
     selection = chunk.at.selection
     n_memories, _, n_heads = on_half_scores.shape[:3]
-    half_dim = keys.shape[-1]
+    half_dim = chunk.q.shape[-1] // 2
     queries = chunk.q.reshape(n_memories, -1, n_heads, 2, 1, half_dim)
     if options.score == "idw":
         # s = -log(eps + d), d = |q - key|^2: ds/dkey = -2 (key - q) / (eps + d).
         slope = -2 * on_half_scores / (IDW_EPS + selection.half_distances)
-        on_rows = slope.unsqueeze(-1) * (selection.half_keys - queries)
+        rows = slope.unsqueeze(-1) * (selection.half_keys - queries)
     else:
-        on_rows = on_half_scores.unsqueeze(-1) * queries
-    n_subkeys = keys.shape[3]
-    tables = torch.arange(n_memories * n_heads * 2, device=keys.device).view(n_memories, 1, n_heads, 2, 1)
+        rows = on_half_scores.unsqueeze(-1) * queries
+    tables = torch.arange(n_memories * n_heads * 2, device=rows.device).view(n_memories, 1, n_heads, 2, 1)
     index = (selection.half_indices + tables * n_subkeys).flatten()
-    summed = keys.new_zeros(n_memories * n_heads * 2 * n_subkeys, half_dim).index_add(
-        0, index, on_rows.reshape(-1, half_dim)
-    )
-    return summed.view(keys.shape)
+    return _GradientRows(index, rows.reshape(-1, half_dim))

@@ -1,0 +1,41 @@
+"""RMSNorm against its equation, and its precision."""
+
+import pytest
+import torch
+
+from mixers.norms import RMSNorm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equals_the_equation(dtype):
+    torch.manual_seed(0)
+    norm = RMSNorm(6, eps=1e-3).to(dtype)
+    x = torch.randn(2, 3, 6, dtype=dtype)
+    scale = (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    torch.testing.assert_close(norm(x), x / scale)
+    with torch.no_grad():
+        norm.weight.normal_()
+    torch.testing.assert_close(norm(x), x / scale * (1 + norm.weight))
+    assert norm(x).dtype == dtype
+    norm.reset_parameters()
+    torch.testing.assert_close(norm(x), x / scale)
+
+
+def test_half_precision_is_computed_in_float32():
+    """In bfloat16 itself, 1 + weight would round 2^-10 away, and 300^2 overflows float16."""
+    norm = RMSNorm(4)
+    with torch.no_grad():
+        norm.weight.fill_(2**-10)
+    x = torch.full((1, 4), 300.0)
+    assert norm.half()(x.half()).isfinite().all()
+    exact = RMSNorm(4)
+    with torch.no_grad():
+        exact.weight.fill_(2**-10)
+    x = torch.randn(64, 4)
+    found = norm.bfloat16()(x.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, exact(x.bfloat16().float()).bfloat16())
+
+
+def test_no_tokens():
+    assert RMSNorm(4)(torch.zeros(2, 0, 4)).shape == (2, 0, 4)

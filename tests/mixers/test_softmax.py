@@ -1,0 +1,280 @@
+"""Softmax attention: each path against a loop over queries, positions, windows, caches and padding."""
+
+import importlib.util
+import math
+
+import pytest
+import torch
+
+from mixers import registry
+from mixers.attention import attend_flash, attend_reference, attend_sdpa
+from mixers.errors import UserError
+from mixers.rope import rope_frequencies, rope_tables, rotate
+
+D = 16
+
+
+def build(seed=0, **options):
+    torch.manual_seed(seed)
+    return registry.build("softmax", {"d_model": D, **options}).double()
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def oracle(q, k, v, window, valid):
+    """One query at a time, over the list of keys that it may see; zero where the query is padding."""
+    n_cached = k.shape[2] - q.shape[2]
+    y = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            g = h * k.shape[1] // q.shape[1]
+            for i in range(q.shape[2]):
+                own = n_cached + i
+                first = 0 if window is None else max(0, own - window + 1)
+                seen = [s for s in range(first, own + 1) if valid is None or valid[b, s]]
+                if valid is not None and not valid[b, own]:
+                    continue
+                logits = torch.stack([q[b, h, i] @ k[b, g, s] for s in seen]) / math.sqrt(q.shape[3])
+                y[b, h, i] = logits.softmax(0) @ v[b, g, seen]
+    return y
+
+
+@pytest.mark.parametrize("path", [attend_reference, attend_sdpa])
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("n_key_heads", [1, 2, 4])
+@pytest.mark.parametrize(("n_queries", "n_cached"), [(7, 0), (1, 6), (4, 3)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_paths_equal_the_loop(path, window, n_key_heads, n_queries, n_cached, padded):
+    torch.manual_seed(1)
+    n_keys = n_queries + n_cached
+    q, k, v = randn(2, 4, n_queries, 6), randn(2, n_key_heads, n_keys, 6), randn(2, n_key_heads, n_keys, 6)
+    valid = None
+    if padded:
+        valid = torch.rand(2, n_keys) > 0.4
+        valid[0] = torch.arange(n_keys) >= 2
+        assert not valid.all()
+    y = path(q, k, v, window, valid)
+    assert torch.isfinite(y).all()
+    expected = oracle(q, k, v, window, valid)
+    if valid is not None:
+        y = y * valid[:, None, n_cached:, None]
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("n_cached", [0, 2])
+@pytest.mark.parametrize("padded", [False, True])
+def test_blocks_of_a_window_equal_the_reference_with_gradients(n_cached, padded):
+    """150 queries and a window of 3 are three blocks."""
+    torch.manual_seed(2)
+    n_keys = 150 + n_cached
+    inputs = [x.requires_grad_() for x in (randn(2, 2, 150, 4), randn(2, 1, n_keys, 4), randn(2, 1, n_keys, 4))]
+    valid = torch.rand(2, n_keys) > 0.3 if padded else None
+    found, expected = (path(*inputs, 3, valid) for path in (attend_sdpa, attend_reference))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    weight = randn(*found.shape)
+    for got, want in zip(*(torch.autograd.grad((y * weight).sum(), inputs) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+
+
+def test_reference_and_sdpa_layers_agree_with_every_option():
+    options = {
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "window": 5,
+        "qk_norm": True,
+        "yarn_factor": 4.0,
+        "yarn_original_length": 8,
+    }
+    reference, sdpa = build(impl="reference", **options), build(impl="sdpa", **options)
+    x = randn(2, 11, D)
+    torch.testing.assert_close(reference(x).y, sdpa(x).y, rtol=0, atol=1e-12)
+    assert (reference.impl, sdpa.impl, build().impl) == ("reference", "sdpa", "sdpa")
+
+
+def test_layer_is_its_equation():
+    """Projections, grouped heads, qk norm and rotations, each written out for one sequence."""
+    layer = build(n_heads=4, n_kv_heads=2, qk_norm=True)
+    with torch.no_grad():
+        layer.q_norm.weight.normal_()
+        layer.k_norm.weight.normal_()
+    x = randn(1, 6, D)
+
+    def head(linear, index, norm=None):
+        y = x[0] @ linear.weight[4 * index : 4 * index + 4].T
+        if norm is None:
+            return y
+        y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * (1 + norm.weight)
+        turned = torch.empty_like(y)
+        for t in range(6):
+            for i in range(2):
+                angle = t * 10_000.0 ** (-2 * i / 4)
+                turned[t, i] = y[t, i] * math.cos(angle) - y[t, i + 2] * math.sin(angle)
+                turned[t, i + 2] = y[t, i + 2] * math.cos(angle) + y[t, i] * math.sin(angle)
+        return turned
+
+    q = torch.stack([head(layer.q, h, layer.q_norm) for h in range(4)])[None]
+    k = torch.stack([head(layer.k, g, layer.k_norm) for g in range(2)])[None]
+    v = torch.stack([head(layer.v, g) for g in range(2)])[None]
+    heads = oracle(q, k, v, None, None)[0]
+    expected = torch.cat(list(heads), dim=-1) @ layer.out.weight.T
+    torch.testing.assert_close(layer(x).y[0], expected, rtol=0, atol=1e-12)
+
+
+def test_rotated_products_depend_on_distance_only():
+    q, k = randn(1, 1, 1, 8), randn(1, 1, 1, 8)
+
+    def product(i, j):
+        turned = [rotate(x, rope_tables(torch.tensor([t]), 8, base=100.0)) for x, t in ((q, i), (k, j))]
+        return (turned[0] * turned[1]).sum()
+
+    torch.testing.assert_close(product(5, 2), product(10_000_005, 10_000_002), rtol=0, atol=1e-7)
+    assert (product(5, 2) - product(5, 3)).abs() > 1e-6
+
+
+def test_rope_angles_are_exact_far_out():
+    cos, _ = rope_tables(torch.tensor([1_000_003]), 4, base=10_000.0)
+    assert cos[0, 0].item() == pytest.approx(math.cos(1_000_003), abs=1e-12)
+
+
+def test_yarn_by_parts():
+    """L = 1000: pairs of more than 32 turns stay, of less than one turn are divided, one in between is mixed."""
+    plain = rope_frequencies(64, 10_000.0, None, None, torch.device("cpu"))
+    yarn = rope_frequencies(64, 10_000.0, 8.0, 1000, torch.device("cpu"))
+    turns = 1000 * plain / (2 * math.pi)
+    assert torch.equal(yarn[turns > 32], plain[turns > 32])
+    torch.testing.assert_close(yarn[turns < 1], plain[turns < 1] / 8)
+    between = int(((turns > 1) & (turns < 32)).nonzero()[0])
+    ramp = (turns[between].item() - 1) / 31
+    assert yarn[between].item() == pytest.approx(plain[between].item() * (ramp + (1 - ramp) / 8), rel=1e-12)
+    assert (turns > 32).any()
+    assert (turns < 1).any()
+
+
+def test_yarn_temperature_scales_the_tables():
+    cos, sin = rope_tables(torch.tensor([3]), 4, base=100.0, yarn_factor=16.0, yarn_original_length=64)
+    factor = 0.1 * math.log(16.0) + 1
+    torch.testing.assert_close(cos.square() + sin.square(), torch.full_like(cos, factor**2))
+
+
+def test_yarn_factor_one_is_plain_rope():
+    x = randn(1, 9, D)
+    torch.testing.assert_close(build(yarn_factor=1.0, yarn_original_length=4)(x).y, build()(x).y, rtol=0, atol=1e-12)
+
+
+def test_without_rope_order_of_the_past_is_lost():
+    layer, x = build(rope=False), randn(1, 5, D)
+    shuffled = x[:, [2, 0, 3, 1, 4]]
+    torch.testing.assert_close(layer(x).y[:, -1], layer(shuffled).y[:, -1], rtol=0, atol=1e-12)
+    with_rope = build()
+    assert (with_rope(x).y[:, -1] - with_rope(shuffled).y[:, -1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_window_keeps_what_the_next_query_needs_and_owns_no_more(window):
+    layer = build(n_heads=2, window=window)
+    state = layer(randn(1, 50, D), return_state=True).state
+    assert state.keys.shape == (1, 2, window - 1, 8)
+    assert state.position.item() == 50
+    for part in (state.keys, state.values):
+        assert part.untyped_storage().nbytes() == part.numel() * 8
+
+
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+@pytest.mark.parametrize("window", [None, 2])
+def test_padded_rows_are_zero_and_finite_with_gradients(impl, window):
+    """The first row is padding altogether, the second on the left; what it holds is NaN."""
+    layer = build(impl=impl, window=window)
+    x = torch.full((2, 6, D), float("nan"), dtype=torch.float64)
+    x[1, 3:] = randn(3, D)
+    x.requires_grad_()
+    mask = torch.zeros(2, 6, dtype=torch.bool)
+    mask[1, 3:] = True
+    y = layer(x, mask=mask).y
+    assert (y[~mask] == 0).all()
+    torch.testing.assert_close(y[1, 3:], layer(x[1:, 3:]).y[0], rtol=0, atol=1e-12)
+    y.square().sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
+
+
+def test_a_mask_may_come_and_go_between_calls():
+    layer, x = build(window=6), randn(2, 9, D)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, 3:5] = False
+    whole = layer(x, mask=mask).y
+    state, parts = None, []
+    for first, last in ((0, 3), (3, 5), (5, 9)):
+        part_mask = mask[:, first:last] if first == 3 else None
+        y, state, _ = layer(x[:, first:last], state, return_state=True, mask=part_mask)
+        assert (state.valid is None) == (first == 0)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+def test_bfloat16_is_near_float32(impl):
+    layer = build(impl=impl, n_heads=2)
+    x = torch.randn(2, 20, D)
+    exact = layer(x.double()).y
+    found = layer.bfloat16()(x.bfloat16()).y
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - exact).norm() < 0.02 * exact.norm()
+
+
+def test_weights_start_at_variance_one_over_fan_in():
+    layer = registry.build("softmax", {"d_model": 256})
+    for linear in (layer.q, layer.k, layer.v, layer.out):
+        assert linear.bias is None
+        assert linear.weight.std().item() == pytest.approx(256**-0.5, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"d_model": 16, "n_heads": 3}, "d_model=16 isn't divisible by n_heads=3"),
+        ({"n_heads": 4, "n_kv_heads": 3}, "n_kv_heads=3 must divide n_heads=4"),
+        ({"head_dim": 5}, "must be even, got 5"),
+        ({"yarn_factor": 2.0}, "yarn_factor and yarn_original_length go together"),
+        ({"yarn_factor": 2.0, "yarn_original_length": 8, "rope": False}, "needs rope=true"),
+        ({"window": 0}, "window"),
+        ({"n_head": 2}, "did you mean 'n_heads'"),
+        ({"impl": "flash"}, "impl"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(UserError, match=message):
+        registry.build("softmax", options)
+
+
+def test_bad_masks_are_named():
+    layer, x = build(), randn(2, 5, D)
+    for mask in (torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 5)):
+        with pytest.raises(UserError, match="mask: must be bool of shape"):
+            layer(x, mask=mask)
+
+
+def test_flash_attn_runs_on_cuda_only():
+    q = torch.zeros(1, 1, 2, 8)
+    with pytest.raises(UserError, match="runs on cuda only and the layer is on cpu"):
+        attend_flash(q, q, q, None, None, "mixer 'softmax'")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="says what happens without the package")
+def test_flash_attn_without_the_package_is_an_error_with_the_way_out():
+    with pytest.raises(UserError, match=r"needs the package flash_attn.*pip install 'mixlab\[gpu\]'"):
+        registry.build("softmax", {"impl": "flash_attn"})
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("flash_attn") is None or not torch.cuda.is_available(), reason="needs flash-attn and CUDA"
+)
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("n_cached", [0, 7])
+def test_flash_attn_equals_the_reference(window, n_cached):
+    q = torch.randn(2, 4, 20, 64, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(2, 2, 20 + n_cached, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    want = attend_reference(q.float(), k.float(), v.float(), window, None)
+    got = attend_flash(q, k, v, window, None, "mixer 'softmax'").float()
+    assert (got - want).norm() <= 2e-2 * want.norm()
