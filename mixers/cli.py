@@ -66,26 +66,33 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"Mixers, default options, d_model={REFERENCE_WIDTH}, state after {REFERENCE_TOKENS} tokens")
-    for column in ("name", "family", "slot", "state", "growth", "runs as"):
-        table.add_column(column)
-    for column in ("params", "state bytes"):
-        table.add_column(column, justify="right")
-    table.add_column("source")
+    table = Table(
+        title=f"Mixers, default options, d_model={REFERENCE_WIDTH}; state after {REFERENCE_TOKENS} tokens",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("mixer", no_wrap=True)
+    table.add_column("family")
+    for column in ("slot", "state", "runs as"):
+        table.add_column(column, no_wrap=True)
+    for column in ("params", "state\nbytes"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("arXiv", overflow="fold")
     for row in rows:
+        shared = ", shared" if row["state_scope"] == "shared" else ""
         table.add_row(
             row["name"],
             row["family"],
             row["default_slot"],
-            row["state_scope"] if row["state_growth"] != "none" else "none",
-            row["state_growth"],
+            row["state_growth"] + shared,
             row["impl"],
             f"{row['params']:,}",
             f"{row['state_bytes']:,}",
-            row["source"],
+            row["source"].rpartition("arXiv:")[2],
         )
     Console().print(table)
 

@@ -91,8 +91,9 @@ class FastWeightPKM(Mixer):
     back, to the slots that the earlier token reads: with 1, "what follows this" is what a later read finds.
 
     ``initial_memory``: ``frozen``, drawn once and never trained, as released; ``learned``, trained with the model.
-    Masked tokens count as zeros, never enter a pair (t, t+L), and their y is zero; they still count as accesses. As chunks are counted from the start of the
-    input, left padding shifts the chunk boundaries of the real tokens and so changes which writes a read sees.
+    Masked tokens count as zeros, never enter a pair (t, t+L), and their y is zero; they still count as accesses. As
+    chunks are counted from the start of the input, left padding shifts the chunk boundaries of the real tokens and so
+    changes which writes a read sees.
 
     Differences from the released code: per-sequence memories by default, the paper's update scale, one gate output
     (released: 8), and one-token decoding writes as strongly as one long call.

@@ -1,0 +1,42 @@
+# Two commands on a fresh machine (python3, git, make):
+#   make demo   sets up .venv and runs the main job: five mixers, one sweep, a comparison
+#   make test   sets up .venv and runs the tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One fixed torch: where none is installed yet, an open range would take whatever is newest.
+TORCH := torch==2.13.0
+
+.PHONY: demo test lint format dashboard clean
+
+demo: $(VENV)/.ready
+	$(BIN)/mixlab sweep run quickstart
+	$(BIN)/mixlab compare quickstart --html runs/quickstart/report.html --png runs/quickstart/report.png
+	@echo "Open runs/quickstart/report.html, or see it beside MLflow's pages: $(BIN)/mixlab dashboard"
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -n auto
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(VENV)/.ready-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+dashboard: $(VENV)/.ready
+	$(BIN)/mixlab dashboard
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist *.egg-info

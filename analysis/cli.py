@@ -1,0 +1,122 @@
+"""`mixlab compare` and `mixlab dashboard`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from experiments.errors import UserError
+from experiments.paths import runs_root, tracking_uri
+
+
+@click.command()
+@click.argument("sweep")
+@click.option("--x", default="cost/state_bytes", show_default=True, help="Cost (or metric) against which to compare.")
+@click.option("--y", default=None, help="Metric to compare.  [default: the sweep's report metric]")
+@click.option("--json", "as_json", is_flag=True, help="Print a list, one object per arm and cell, and nothing else.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page that works by itself.")
+@click.option("--png", type=click.Path(path_type=Path), help="Write a figure for a paper.")
+@click.option("--runs", default=None, help="Folder of the runs.  [default: $MIXLAB_RUNS or ./runs]")
+@click.option("--all-metrics", is_flag=True, help="Also list every report and select metric.")
+def compare(
+    sweep: str,
+    x: str,
+    y: str | None,
+    as_json: bool,
+    html: Path | None,
+    png: Path | None,
+    runs: str | None,
+    all_metrics: bool,
+) -> None:
+    """Compare the arms of SWEEP (a name, or the path of a sweep file): metric, cost and Pareto front.
+
+    Means over seeds with 95 % Student-t intervals; runs that diverged, failed or are missing are counted and shown.
+    """
+    from rich.console import Console
+
+    from analysis import comparison
+    from analysis.notes import arm_notes, held_equal
+    from analysis.runs import replicates, rows_from_records
+    from analysis.table import print_comparison
+
+    saved, rows = rows_from_records(runs_root(runs), sweep_name(sweep))
+    y = y or saved.metric["report"]
+    lines = comparison.compare(saved, rows, x, y)
+    comparison.check_axis("--x", x, saved, lines)
+    comparison.check_axis("--y", y, saved, lines)
+    if html is not None:
+        from analysis.page import report_page
+        from analysis.payload import payload
+
+        _write(html, "--html", report_page(payload(saved, rows, lines, x=x, y=y)).encode())
+    if png is not None:
+        from analysis.figures import comparison_png
+
+        chance = comparison.chance_accuracy(rows)
+        _write(png, "--png", comparison_png(saved, lines, x=x, y=y, chance=chance))
+    if as_json:
+        click.echo(json.dumps(comparison.as_json(lines), indent=1, allow_nan=False))
+    else:
+        print_comparison(
+            Console(),
+            saved,
+            lines,
+            [held_equal(saved, replicates(rows), lines), *arm_notes(saved, rows)],
+            x=x,
+            y=y,
+            all_metrics=all_metrics,
+            chance=comparison.chance_accuracy(rows),
+        )
+    for path in (html, png):
+        if path is not None:
+            click.echo(f"wrote {path}", err=True)
+
+
+def sweep_name(sweep: str) -> str:
+    """``sweep`` itself, or the ``name`` in the sweep file that it is the path of."""
+    if not sweep.endswith(".toml"):
+        return sweep
+    from experiments.config import read_toml
+
+    name = read_toml(Path(sweep)).get("name")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{sweep}: name: required, but not given")
+    return name
+
+
+def _write(path: Path, option: str, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"{option} {path}: can't be written: {error.strerror}") from None
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
+@click.option("--runs", default=None, help="Folder of the runs.  [default: $MIXLAB_RUNS or ./runs]")
+@click.option("--store", default=None, help="Tracking store.  [default: $MLFLOW_TRACKING_URI or RUNS/mlflow.db]")
+@click.option("--static-prefix", default="", help="Path under which a proxy serves this, for example /mixlab.")
+@click.option("--allow-public", is_flag=True, help="Listen on an address that others can reach. There is no login.")
+def dashboard(
+    host: str, port: int, runs: str | None, store: str | None, static_prefix: str, allow_public: bool
+) -> None:
+    """Serve MLflow's pages and the comparison page (/compare) until Ctrl-C."""
+    from analysis.dashboard.server import serve
+
+    root = runs_root(runs)
+    serve(
+        store=store or tracking_uri(root),
+        runs=root,
+        host=host,
+        port=port,
+        static_prefix=static_prefix,
+        allow_public=allow_public,
+        say=click.echo,
+    )
+
+
+commands = [compare, dashboard]

@@ -1,0 +1,1 @@
+"""The comparison page beside MLflow's own pages, served by MLflow's server."""

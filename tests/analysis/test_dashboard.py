@@ -1,0 +1,327 @@
+"""The dashboard as it is used: the real command, MLflow's real server, a real browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import flask
+import pytest
+
+from analysis.comparison import as_json, compare
+from analysis.dashboard import app as pages
+from analysis.dashboard import mlflow_private
+from analysis.dashboard.server import check_store, serve
+from analysis.runs import rows_from_records
+from experiments.errors import UserError
+from tests.analysis.conftest import (
+    HOSTILE,
+    Store,
+    Watched,
+    free_port,
+    gone_within,
+    processes_with,
+    start_dashboard,
+)
+
+
+def get(address: str, **headers: str) -> tuple[int, Any, str]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=20) as response:
+            return response.status, response.headers, response.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.headers, error.read().decode()
+
+
+def open_page(watched: Watched, address: str) -> Any:
+    watched.page.goto(address)
+    watched.page.wait_for_selector("#plot .points path", state="attached")
+    return watched.page
+
+
+def points(page: Any) -> dict[tuple[str, str], tuple[float, float]]:
+    """What plotly draws as means: (arm, cell) -> (x, y)."""
+    drawn = page.evaluate(
+        """() => document.getElementById("plot").data.filter((t) => t.customdata && t.error_y)
+            .flatMap((t) => t.customdata.map((who, i) => [...who, t.x[i], t.y[i]]))"""
+    )
+    return {(arm, cell): (x, y) for arm, cell, x, y in drawn}
+
+
+def test_data_is_what_compare_prints_and_its_runs(store: Store, dashboard: str) -> None:
+    status, headers, body = get(f"{dashboard}/compare/data?experiment=mqar_state")
+    assert status == 200
+    assert headers["Content-Type"] == "application/json"
+    values = json.loads(body)
+    saved, rows = rows_from_records(store.runs, "mqar_state")
+    assert values["comparisons"] == as_json(compare(saved, rows))
+    assert len(values["runs"]) == len(rows) == 53
+    assert all(run["link"] for run in values["runs"])
+    assert values["references"] == [
+        {"axis": name, "label": "chance", "value": 2 / 8192} for name in ("report/accuracy", "select/accuracy")
+    ]
+    _, _, by_id = get(f"{dashboard}/compare/data?experiment={store.experiment_id}")
+    assert json.loads(by_id) == values
+
+
+def test_sweeps_are_listed_and_mistakes_answered(dashboard: str) -> None:
+    _, _, body = get(f"{dashboard}/compare/sweeps")
+    assert {"mqar_state", "hostile"} <= {entry["name"] for entry in json.loads(body)}
+    status, _, body = get(f"{dashboard}/compare/data?experiment=mqar_stat")
+    assert status == 404
+    assert "did you mean 'mqar_state'" in json.loads(body)["error"]
+    status, _, body = get(f"{dashboard}/compare/data?experiment=mqar_state&x=cost/nothing")
+    assert (status, "no such metric or cost" in json.loads(body)["error"]) == (404, True)
+    assert get(f"{dashboard}/compare/static/../app.py")[0] == 404
+    assert get(f"{dashboard}/compare/static/%2e%2e/app.py")[0] == 404
+    assert get(f"{dashboard}/compare/sweeps", Host="evil.example")[0] == 403
+
+
+def test_nothing_can_be_written_through_our_pages(dashboard: str) -> None:
+    for route in ("", "/data", "/sweeps", "/plotly.js", "/static/main.js"):
+        for method in ("POST", "PUT", "DELETE", "PATCH"):
+            request = urllib.request.Request(f"{dashboard}/compare{route}", method=method)
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(request, timeout=20)
+            with caught.value:
+                assert caught.value.code == 405, (route, method)
+
+
+def test_plotly_is_served_from_here_and_cached(dashboard: str) -> None:
+    _, headers, body = get(f"{dashboard}/compare/plotly.js?v=1")
+    assert "max-age=31536000" in headers["Cache-Control"]
+    assert "plotly.js" in body[:200]
+
+
+def test_the_index_page_links_to_the_comparison_even_for_a_browser_that_cached_it(dashboard: str) -> None:
+    status, headers, body = get(f"{dashboard}/", **{"If-Modified-Since": "Fri, 01 Jan 2100 00:00:00 GMT"})
+    assert status == 200
+    assert headers["ETag"] is None
+    assert 'id="mixlab-compare" href="./compare"' in body
+    assert body.count("</body>") == 1
+
+
+def test_the_page_shows_the_points_of_the_store(store: Store, dashboard: str, watched: Watched) -> None:
+    page = open_page(watched, f"{dashboard}/compare?experiment=mqar_state")
+    saved, rows = rows_from_records(store.runs, "mqar_state")
+    lines = {(line.arm, line.cell): line for line in compare(saved, rows)}
+    drawn = points(page)
+    assert drawn.keys() == lines.keys()
+    for who, (x, y) in drawn.items():
+        line = lines[who]
+        assert y == pytest.approx(line.metrics["report/accuracy"].mean)
+        if line.cost["state_bytes"] > 0:
+            assert x == pytest.approx(line.cost["state_bytes"])
+        else:  # zero has a place of its own, left of everything
+            assert 0 < x < 15_360
+    assert page.evaluate("document.getElementById('plot').layout.xaxis.type") == "log"
+    assert page.evaluate("document.getElementById('plot').layout.xaxis.ticktext[0]") == "0"
+    row = page.locator('tr[data-arm="FwPKM"][data-cell="n_pairs=64"]').inner_text()
+    assert "2/3" in row
+    assert "diverged 1/3" in row
+    assert "544 KiB" in row
+    assert watched.errors == []
+    host = dashboard.removesuffix("/lab")
+    assert all(url.startswith((host, "data:")) for url in watched.requests), watched.requests
+
+
+def test_the_front_in_the_browser_is_the_front_of_compare(store: Store, dashboard: str, watched: Watched) -> None:
+    page = open_page(watched, f"{dashboard}/compare?experiment=mqar_state")
+    saved, rows = rows_from_records(store.runs, "mqar_state")
+    fronts = set()
+    for x, y in (
+        ("cost/state_bytes", "report/accuracy"),
+        ("cost/train_tokens_per_s", "report/accuracy"),
+        ("cost/flops_per_token", "report/loss"),
+        ("report/loss", "select/accuracy"),
+    ):
+        page.select_option("#x", x)
+        page.select_option("#y", y)
+        marked = page.evaluate(
+            """() => [...document.querySelectorAll("#table tr[data-arm]")]
+                .filter((row) => row.querySelector("td.front").textContent === "●")
+                .map((row) => [row.dataset.arm, row.dataset.cell])"""
+        )
+        expected = frozenset((line.arm, line.cell) for line in compare(saved, rows, x, y) if line.pareto)
+        assert {tuple(who) for who in marked} == expected, (x, y)
+        fronts.add(expected)
+    assert len(fronts) == 4  # else the axes would not have mattered
+    assert watched.errors == []
+
+
+def test_axes_cells_and_arms_are_chosen_and_kept_in_the_address(dashboard: str, watched: Watched) -> None:
+    page = open_page(watched, f"{dashboard}/compare?experiment=mqar_state")
+    page.select_option("#x", "cost/params")
+    page.select_option("#y", "select/accuracy")
+    page.uncheck("#xlog")
+    page.select_option("#cell", "n_pairs=32")
+    page.check("#seeds")
+    for part in ("x=cost%2Fparams", "y=select%2Faccuracy", "xlog=0", "cell=n_pairs%3D32", "seeds=1"):
+        assert part in page.url
+    before = points(page)
+    assert {cell for _, cell in before} == {"n_pairs=32"}
+    assert before["attention", "n_pairs=32"][0] == 566_000
+    page.reload()
+    page.wait_for_selector("#plot .points path", state="attached")
+    assert points(page) == before
+    assert page.evaluate("document.getElementById('plot').layout.xaxis.type") == "linear"
+    page.locator("#legend button", has_text="attention").click()
+    assert len(points(page)) == len(before) - 1
+    page.select_option("#x", "factor/task.n_pairs")
+    page.select_option("#cell", "")
+    over_factor = points(page)
+    assert {x for x, _ in over_factor.values()} == {8, 32, 64}
+    assert watched.errors == []
+
+
+def test_a_click_shows_the_runs_as_links_into_mlflow(store: Store, dashboard: str, watched: Watched) -> None:
+    page = open_page(watched, f"{dashboard}/compare?experiment=mqar_state&cell=n_pairs%3D64&theme=dark")
+    page.locator("td.arm a", has_text="FwPKM").click()
+    details = page.locator("#details")
+    assert "diverged" in details.inner_text()
+    assert "train.lr = 0.001" in details.inner_text()
+    assert details.locator("a").count() == 3
+    link = details.locator("a").first.evaluate("a => a.href")
+    assert link.startswith(f"{dashboard}/#/experiments/{store.experiment_id}/runs/")
+    page.locator("#plot .points path").first.hover(force=True)
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert sum(int(part) for part in background[4:-1].split(",")) < 150
+    assert watched.errors == []
+
+
+def test_choosing_another_sweep_and_names_that_are_markup(dashboard: str, watched: Watched) -> None:
+    page = open_page(watched, f"{dashboard}/compare?experiment=mqar_state&x=cost/params")
+    page.select_option("#sweep", "hostile")
+    page.wait_for_function("document.getElementById('title').textContent === 'hostile'")
+    assert "experiment=hostile" in page.url
+    assert page.input_value("#x") == "cost/state_bytes"
+    assert page.locator("#legend button").all_inner_texts() == list(HOSTILE)
+    assert {arm for arm, _ in points(page)} == set(HOSTILE)
+    assert page.evaluate("window.pwned") is None
+    assert watched.errors == []
+
+
+def test_a_phone_shows_everything_without_scrolling_sideways(dashboard: str, watched: Watched) -> None:
+    watched.page.set_viewport_size({"width": 390, "height": 800})
+    page = open_page(watched, f"{dashboard}/compare?experiment=mqar_state")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.locator("#plot .cartesianlayer .subplot").count() == 3
+
+
+def test_an_unknown_sweep_is_said_as_text(dashboard: str, watched: Watched) -> None:
+    watched.page.goto(f"{dashboard}/compare?experiment=%3Cimg%20src%3Dx%20onerror%3D'window.pwned%3D1'%3E")
+    watched.page.wait_for_selector("#status.error")
+    assert "no sweep" in watched.page.locator("#status").inner_text()
+    assert "<img" in watched.page.locator("#status").inner_text()
+    assert watched.page.evaluate("window.pwned") is None
+
+
+def test_without_a_prefix_the_pages_and_the_link_are_at_the_root() -> None:
+    bare = flask.Flask("bare")
+    bare.add_url_rule("/", "index", lambda: "<html><body>MLflow</body></html>")
+    bare.add_url_rule("/other", "other", lambda: "<html><body>other</body></html>")
+    pages.add_pages(bare, "")
+    client = bare.test_client()
+    assert b'href="./compare"' in client.get("/").data
+    assert b"mixlab-compare" not in client.get("/other").data
+    assert client.get("/compare").status_code == 200
+    assert client.post("/compare").status_code == 405
+
+
+@pytest.mark.filterwarnings("ignore:starlette.middleware.wsgi is deprecated")
+def test_private_names_of_mlflow_still_mean_what_we_use_them_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastapi import FastAPI
+
+    app = mlflow_private.flask_app()
+    assert isinstance(app, flask.Flask)
+    rules = {rule.rule for rule in app.url_map.iter_rules()}
+    assert {"/", "/health"} <= rules
+    assert not any(rule.startswith("/compare") for rule in rules)
+    monkeypatch.setenv("_MLFLOW_SGI_NAME", "uvicorn")
+    assert isinstance(mlflow_private.server_app(app), FastAPI)
+    monkeypatch.setenv("_MLFLOW_SGI_NAME", "gunicorn")
+    assert mlflow_private.server_app(app) is app
+    monkeypatch.setenv("_MLFLOW_SERVER_FILE_STORE", "sqlite:///x.db")
+    assert mlflow_private.store_uri() == "sqlite:///x.db"
+    monkeypatch.setenv("_MLFLOW_STATIC_PREFIX", "/lab/")
+    assert mlflow_private.static_prefix() == "/lab"
+    monkeypatch.delenv("_MLFLOW_STATIC_PREFIX")
+    assert mlflow_private.static_prefix() == ""
+
+
+def test_private_names_of_mlflow_are_used_in_one_file_only() -> None:
+    folder = Path(pages.__file__).parent.parent
+    for path in folder.rglob("*.py"):
+        if path.name != "mlflow_private.py":
+            text = path.read_text()
+            assert "mlflow.server" not in text.replace("group `mlflow.app`", ""), path
+            assert "_MLFLOW" not in text, path
+
+
+def test_a_port_that_is_taken_is_one_line(store: Store) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"--port {port}: can't listen on 127.0.0.1: .*choose another"):
+            serve(store=store.uri, runs=store.runs, port=port)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
+def test_an_address_that_others_can_reach_needs_a_word(store: Store, host: str) -> None:
+    with pytest.raises(UserError, match=r"there is no login.*--allow-public"):
+        serve(store=store.uri, runs=store.runs, host=host, port=free_port())
+
+
+@pytest.mark.parametrize("prefix", ["lab", "/la{b}", "/lab?x", "/l b"])
+def test_a_prefix_that_is_no_path_is_refused(store: Store, prefix: str) -> None:
+    with pytest.raises(UserError, match="--static-prefix"):
+        serve(store=store.uri, runs=store.runs, static_prefix=prefix)
+
+
+def test_stores_that_cannot_be_served_are_one_line_and_nothing_is_created(tmp_path: Path) -> None:
+    text, other = tmp_path / "text.db", tmp_path / "other.db"
+    text.write_text("not a database, but long enough to be looked at " * 20)
+    with sqlite3.connect(other) as connection:
+        connection.execute("CREATE TABLE unrelated (x)")
+    connection.close()
+    cases = {
+        f"sqlite:///{tmp_path / 'none.db'}": "no such file; run a sweep first",
+        f"sqlite:///{tmp_path}": "no such file",
+        f"sqlite:///{text}": "can't be opened as an MLflow store: .*not a database",
+        f"sqlite:///{other}": "can't be opened as an MLflow store: no such table",
+        "http://tracking.example:5000": "is a server already",
+        "just/a/folder": "not a database URL",
+        "nosuchdb://x/y": "no driver",
+    }
+    for uri, message in cases.items():
+        with pytest.raises(UserError, match=message) as caught:
+            check_store(uri)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "none.db").exists()
+
+
+def test_a_password_in_the_address_of_a_store_is_not_repeated() -> None:
+    with pytest.raises(UserError) as caught:
+        check_store("postgresql+nosuch://user:secret@127.0.0.1:1/db")
+    assert "secret" not in str(caught.value)
+
+
+def test_the_server_goes_even_when_the_command_is_killed_outright(store: Store) -> None:
+    port = free_port()
+    process = start_dashboard("--runs", str(store.runs), "--store", store.uri, "--port", str(port))
+    mark = f"--port {port}"
+    assert len(processes_with(mark)) >= 2
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+    assert gone_within(mark, 12.0), processes_with(mark)
