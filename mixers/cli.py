@@ -66,14 +66,14 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table(
         title=f"Mixers, default options, d_model={REFERENCE_WIDTH}; state after {REFERENCE_TOKENS} tokens",
-        box=box.SIMPLE_HEAD,
+        box=None,
         padding=(0, 1, 0, 0),
+        header_style="bold underline",
     )
     table.add_column("mixer", no_wrap=True)
     table.add_column("family")

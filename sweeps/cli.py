@@ -1,0 +1,206 @@
+"""``mixlab sweep plan | run | status``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from sweeps.definition import SweepConfig
+    from sweeps.plan import Plan
+    from sweeps.status import SweepStatus
+
+OVERRIDES = "Overrides are keys of the sweep file: seeds=[0,1], budget.max_steps=50, base.train.batch_size=16."
+
+
+def runs_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--runs", "runs_dir", metavar="DIR", help="Where records live; default $MIXLAB_RUNS or ./runs."
+    )(command)
+
+
+def plugin_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--plugin", "plugins", multiple=True, metavar="FILE", help="Python file that registers mixers; repeatable."
+    )(command)
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")(command)
+
+
+@click.group()
+def sweep() -> None:
+    """Compare arms over varied settings: one file, many runs, safe to stop and start again."""
+
+
+@sweep.command("plan", epilog=OVERRIDES)
+@click.argument("sweep_file", metavar="SWEEP")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@json_option
+@plugin_option
+def plan_command(sweep_file: str, overrides: tuple[str, ...], as_json: bool, plugins: tuple[str, ...]) -> None:
+    """Check SWEEP (a TOML file or a shipped name) and print what it would run. Creates nothing."""
+    from sweeps.plan import plan
+
+    planned = plan(_load(sweep_file, overrides, plugins))
+    if as_json:
+        click.echo(json.dumps(_plan_json(planned), indent=1))
+    else:
+        _print_plan(planned)
+
+
+@sweep.command("run", epilog=OVERRIDES)
+@click.argument("sweep_file", metavar="SWEEP")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--workers", type=int, metavar="N", help="Runs at a time; default: one per core, or per GPU.")
+@click.option("--retry-failed", is_flag=True, help="Run failed runs again; else they stand as results.")
+@click.option("--no-tracking", is_flag=True, help="Write the records only, nothing to MLflow.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("--json", "as_json", is_flag=True, help="Print every event as one JSON line.")
+@runs_option
+@plugin_option
+def run_command(
+    sweep_file: str,
+    overrides: tuple[str, ...],
+    workers: int | None,
+    retry_failed: bool,
+    no_tracking: bool,
+    quiet: bool,
+    as_json: bool,
+    runs_dir: str | None,
+    plugins: tuple[str, ...],
+) -> None:
+    """Run what is missing of SWEEP (a TOML file or a shipped name). Started again, it continues.
+
+    Exits with 0 when every run has its result, 1 when some failed, 130 after Ctrl-C.
+    """
+    from experiments.paths import runs_root
+    from sweeps.driver import run_sweep
+    from sweeps.live import view_for
+
+    definition = _load(sweep_file, overrides, plugins)
+    result = run_sweep(
+        definition,
+        runs_root(runs_dir),
+        view_for(as_json=as_json, quiet=quiet),
+        n_workers=workers,
+        plugins=plugins,
+        tracked=not no_tracking,
+        retry_failed=retry_failed,
+    )
+    raise SystemExit(result.exit_code)
+
+
+@sweep.command("status")
+@click.argument("sweep_file", metavar="SWEEP")
+@json_option
+@runs_option
+def status_command(sweep_file: str, as_json: bool, runs_dir: str | None) -> None:
+    """Show where SWEEP (a name, or its TOML file) stands, from its records."""
+    from experiments.paths import runs_root
+    from sweeps.status import saved_name, sweep_status
+
+    runs = runs_root(runs_dir)
+    status = sweep_status(runs, saved_name(runs, sweep_file))
+    if as_json:
+        click.echo(json.dumps(status.to_json(), indent=1))
+    else:
+        _print_status(status)
+
+
+def _load(sweep_file: str, overrides: tuple[str, ...], plugins: tuple[str, ...]) -> SweepConfig:
+    from experiments.config import parse_overrides
+    from sweeps.definition import load_sweep
+
+    if plugins:
+        from mixers.registry import load_plugin
+
+        for plugin in plugins:
+            load_plugin(plugin)
+    return load_sweep(sweep_file, parse_overrides(overrides))
+
+
+def _plan_json(planned: Plan) -> dict[str, Any]:
+    sweep_config = planned.sweep
+    return {
+        "sweep": sweep_config.name,
+        "question": sweep_config.question,
+        "count": planned.count(),
+        "n_runs": planned.n_runs,
+        "budget": sweep_config.budget.model_dump(exclude_none=True),
+        "metric": sweep_config.metric.model_dump(),
+        "seeds": list(sweep_config.seeds),
+        "arm_cells": [
+            {
+                "arm": arm_cell.arm,
+                "cell": arm_cell.cell,
+                "pattern": arm_cell.pattern,
+                "factors": arm_cell.factors,
+                "n_tuning": arm_cell.n_trials,
+                "n_seeds": len(sweep_config.seeds),
+                "trial_settings": list(arm_cell.trial_settings),
+            }
+            for arm_cell in planned.arm_cells
+        ],
+    }
+
+
+def _print_plan(planned: Plan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    sweep_config = planned.sweep
+    limits = sweep_config.budget.model_dump(exclude_none=True, exclude={"tune_trials"})
+    console = Console()
+    console.print(Text(f"{sweep_config.name}: {sweep_config.question}", style="bold"))
+    console.print(Text(planned.count()))
+    console.print(Text("budget of every run: " + ", ".join(f"{name} = {n:,}" for name, n in limits.items())))
+    for path, space in sweep_config.tune.items():
+        tried = list(dict.fromkeys(settings[path] for settings in planned.arm_cells[0].trial_settings))
+        values = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in tried)
+        spread = f"between {space.ends()[0]:g} and {space.ends()[1]:g}" if not tried else values
+        console.print(Text(f"tuned: {path} in {spread}, chosen on {sweep_config.metric.select}"))
+    table = Table(box=None, pad_edge=False)
+    for heading in ("arm", "pattern", "cells"):
+        table.add_column(heading)
+    for arm, pattern in planned.patterns.items():
+        table.add_row(Text(arm), Text(pattern), Text("; ".join(planned.cells)))
+    console.print(table)
+
+
+def _print_status(status: SweepStatus) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from sweeps.live import number_text, settings_text
+
+    console = Console()
+    console.print(Text(f"{status.name}: {status.question}", style="bold"))
+    n_done = status.n_runs - status.n_missing
+    running = "a driver is running it" if status.driver_runs else "no driver is running it"
+    console.print(Text(f"{n_done} of {status.n_runs} runs have their result; {running}"))
+    table = Table(box=None, pad_edge=False)
+    for heading in ("arm", "cell"):
+        table.add_column(heading)
+    headings = ("runs", "finished", "running", "diverged", "failed", "missing")
+    for heading in (*headings, f"best {status.select}", f"mean {status.report}"):
+        table.add_column(heading, justify="right")
+    table.add_column("chosen")
+    for row in status.arm_cells:
+        counts = (row.n_runs, row.n_finished, row.n_running, row.n_diverged, row.n_failed, row.n_missing)
+        numbers = (number_text(row.best_select), number_text(row.mean_report))
+        chosen = row.not_run or settings_text(row.settings or {})
+        table.add_row(*(Text(text) for text in (row.arm, row.cell, *(str(n or "-") for n in counts), *numbers, chosen)))
+    console.print(table)
+    for failure in status.failures:
+        where = f"{failure.arm} | {failure.cell} | {failure.role} seed {failure.seed} | {failure.key}"
+        console.print(Text(f"{failure.outcome}: {where}: {failure.reason}"))
+
+
+commands = [sweep]

@@ -1,0 +1,363 @@
+"""The driver: one process that owns a sweep, decides what runs next, and can be started again at any time."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+
+from experiments.errors import UserError
+from experiments.records import (
+    FINAL_OUTCOMES,
+    RunOutcome,
+    read_outcome,
+    read_run,
+    run_folder,
+    write_identity,
+    write_outcome,
+)
+from sweeps.definition import SweepConfig
+from sweeps.events import Chosen, Note, RunEnded, RunProgress, RunRetried, RunStarted, SweepEnded, SweepStarted
+from sweeps.executor import TARGET, Ended, Executor, ExecutorEvent, Job, LocalExecutor, Lost, Reported, Started
+from sweeps.live import View
+from sweeps.lock import driver_lock
+from sweeps.mirror import SweepMirror
+from sweeps.plan import Plan, PlannedRun, plan
+from sweeps.progress import ArmCellProgress
+from sweeps.resources import resources_for
+from sweeps.saved import SavedSweep, write_saved
+from sweeps.tuning import Tuning, open_journal
+
+MAX_ATTEMPTS = 2
+POLL_S = 0.2
+# Workers get this long to save their checkpoints, then they are killed: 5 s after Ctrl-C all is over, the end of this
+# process included.
+SAVE_PATIENCE_S = 3.5
+
+INTERRUPTED_EXIT_CODE = 130
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """All runs of the plan counted by outcome, with ``not_run`` and ``missing``; whether it was interrupted."""
+
+    outcomes: dict[str, int]
+    interrupted: bool
+
+    @property
+    def exit_code(self) -> int:
+        """0: every run has its result, divergence included; 1: some failed; 130: interrupted."""
+        if self.interrupted:
+            return INTERRUPTED_EXIT_CODE
+        return 1 if self.outcomes.get("failed") else 0
+
+
+@dataclass
+class StopSignals:
+    """Counts SIGINT and SIGTERM. The first ends the sweep in order, a second at once."""
+
+    count: int = 0
+
+    @contextmanager
+    def installed(self) -> Iterator[StopSignals]:
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            self.count += 1
+
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def run_sweep(
+    sweep: SweepConfig,
+    runs: Path,
+    view: View,
+    *,
+    n_workers: int | None = None,
+    plugins: tuple[str, ...] = (),
+    tracked: bool = True,
+    retry_failed: bool = False,
+    target: str = TARGET,
+) -> SweepResult:
+    """Run what is missing of a sweep, to the end or to the first Ctrl-C.
+
+    Raises :class:`UserError` before anything is created when the plan is not sound, and when another driver runs it.
+    """
+    if n_workers is not None and n_workers < 1:
+        raise UserError(f"--workers: at least 1 is needed, got {n_workers}")
+    planned = plan(sweep)
+    folder = runs / sweep.name
+    with driver_lock(folder):
+        mirror = SweepMirror.prepare(planned, runs) if tracked else None
+        if retry_failed:
+            _reopen_failed(folder)
+        stop = StopSignals()
+        driver = Driver(planned, runs, view, stop, mirror)
+        resources = resources_for(planned, n_workers, n_runs=driver.n_missing)
+
+        def executor() -> Executor:
+            return LocalExecutor(folder, resources.n_workers, resources.n_threads, plugins, resources.gpus, target)
+
+        with stop.installed(), view:
+            result = driver.run(executor, resources.n_workers)
+        if mirror is not None and driver.attempts and not result.interrupted and (problem := mirror.catch_up()):
+            view.show(Note(problem))
+        return result
+
+
+@dataclass
+class Driver:
+    """The state of one start of a sweep."""
+
+    plan: Plan
+    runs: Path
+    view: View
+    stop: StopSignals
+    mirror: SweepMirror | None
+    arm_cells: list[ArmCellProgress] = field(default_factory=list)
+    running: dict[str, tuple[PlannedRun, ArmCellProgress]] = field(default_factory=dict)
+    again: list[tuple[PlannedRun, ArmCellProgress]] = field(default_factory=list)
+    attempts: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        sweep = self.plan.sweep
+        journal = open_journal(self.folder / "optuna.journal") if sweep.tune else None
+        for arm_cell in self.plan.arm_cells:
+            tuning = Tuning.open(arm_cell, journal, self.final_outcome) if sweep.tune else None
+            self.arm_cells.append(ArmCellProgress(arm_cell, tuning, self.final_outcome))
+        self.save()
+
+    @property
+    def folder(self) -> Path:
+        return self.runs / self.plan.sweep.name
+
+    @property
+    def n_runs(self) -> int:
+        return sum(arm_cell.n_runs for arm_cell in self.arm_cells)
+
+    @property
+    def n_done(self) -> int:
+        return sum(arm_cell.n_done for arm_cell in self.arm_cells)
+
+    @property
+    def n_missing(self) -> int:
+        return self.n_runs - self.n_done
+
+    def run(self, make_executor: Callable[[], Executor], n_workers: int) -> SweepResult:
+        started = time.monotonic()
+        self._show_start(n_workers)
+        if self.n_missing:
+            executor = make_executor()
+            try:
+                self._loop(executor)
+                self._wind_up(executor)
+            except BaseException:
+                self._save_states(executor, lambda event: None)
+                raise
+            finally:
+                executor.close()
+        result = SweepResult(self._outcomes(), interrupted=bool(self.stop.count) and self.n_missing > 0)
+        wall_s = time.monotonic() - started
+        self.view.show(SweepEnded(self.plan.sweep.name, result.interrupted, wall_s, result.outcomes))
+        return result
+
+    def final_outcome(self, key: str) -> RunOutcome | None:
+        """The outcome on disk, where it stands as a result."""
+        outcome = read_outcome(run_folder(self.runs, self.plan.sweep.name, key))
+        return outcome if outcome is not None and outcome.outcome in FINAL_OUTCOMES else None
+
+    def save(self) -> None:
+        """Write sweep.json: the plan as far as it is known."""
+        sweep = self.plan.sweep
+        choices = {arm_cell.arm_cell.name: arm_cell.saved_choice() for arm_cell in self.arm_cells}
+        n_trials = self.plan.arm_cells[0].n_trials
+        saved = SavedSweep(
+            name=sweep.name,
+            question=sweep.question,
+            metric=sweep.metric.model_dump(),
+            budget={**sweep.budget.model_dump(exclude_none=True), "tune_trials": n_trials},
+            arms=self.plan.patterns,
+            cells=self.plan.cells,
+            seeds=list(sweep.seeds),
+            tune={path: space.model_dump(exclude_unset=True) for path, space in sweep.tune.items()},
+            runs=[run for arm_cell in self.arm_cells for run in arm_cell.saved_runs()],
+            chosen={name: choice for name, choice in choices.items() if choice is not None},
+        )
+        write_saved(self.runs, saved)
+
+    def _loop(self, executor: Executor) -> None:
+        while not self.stop.count:
+            self._fill(executor)
+            if not self.running and not self.again and self.n_missing == 0:
+                return
+            for event in executor.poll(POLL_S):
+                self._handle(event)
+            self.view.tick()
+
+    def _fill(self, executor: Executor) -> None:
+        while executor.n_free and (found := self._next()) is not None:
+            run, _ = found
+            self.running[run.key] = found
+            self.attempts[run.key] += 1
+            executor.submit(self._job(run))
+
+    def _next(self) -> tuple[PlannedRun, ArmCellProgress] | None:
+        """Arm-cells in order: an early one's replicates come before a late one's tuning."""
+        if self.again:
+            return self.again.pop(0)
+        for arm_cell in self.arm_cells:
+            chosen_before = arm_cell.choice
+            run = arm_cell.next_run()
+            if arm_cell.choice is not chosen_before:
+                self.save()
+                self._show_choice(arm_cell)
+            if run is not None:
+                if run.trial is not None and not arm_cell.arm_cell.trial_settings:
+                    self.save()  # a trial that the sampler has just proposed
+                return run, arm_cell
+        return None
+
+    def _job(self, run: PlannedRun) -> Job:
+        tracking = self.mirror.target(run) if self.mirror is not None else None
+        return Job(run.key, asdict(run.identity), run.config.resolved(), str(self.runs.resolve()), tracking)
+
+    def _handle(self, event: ExecutorEvent) -> None:
+        run, arm_cell = self.running[event.key]
+        identity = run.identity
+        if isinstance(event, Started):
+            shown = (identity.key, identity.arm, identity.cell, identity.role, identity.seed, run.trial, event.worker)
+            self.view.show(RunStarted(*shown))
+        elif isinstance(event, Reported):
+            shown = (identity.key, identity.arm, identity.cell, event.worker, event.step, event.n_steps, event.metrics)
+            self.view.show(RunProgress(*shown, event.note))
+        elif isinstance(event, (Ended, Lost)):
+            self._end(run, arm_cell, event)
+
+    def _end(self, run: PlannedRun, arm_cell: ArmCellProgress, event: Ended | Lost) -> None:
+        del self.running[run.key]
+        outcome = self.final_outcome(run.key)
+        if outcome is None and self.stop.count:
+            return  # killed, with or without a checkpoint: the next start goes on with it
+        if outcome is None:
+            reason = event.reason if isinstance(event, Lost) else "it ended without a result"
+            if self.attempts[run.key] < MAX_ATTEMPTS:
+                self.again.append((run, arm_cell))
+                self.view.show(RunRetried(run.key, run.identity.arm, run.identity.cell, event.worker, reason))
+                return
+            outcome = self._record_lost(run, reason)
+        choice = arm_cell.record(run, outcome)
+        self._show_end(run, arm_cell, outcome, event.worker)
+        if choice is not None:
+            self.save()
+            self._show_choice(arm_cell)
+
+    def _record_lost(self, run: PlannedRun, reason: str) -> RunOutcome:
+        """The result of a run that took its worker with it every time."""
+        folder = run_folder(self.runs, run.identity.sweep, run.key)
+        if read_run(folder) is None:
+            write_identity(folder, run.identity, run.config.resolved())
+        outcome = RunOutcome("failed", f"{reason}, in each of {MAX_ATTEMPTS} attempts; see {folder / 'log.txt'}")
+        write_outcome(folder, outcome)
+        return outcome
+
+    def _wind_up(self, executor: Executor) -> None:
+        """After Ctrl-C, have the runs that still go on save their state."""
+        if not self.running:
+            return
+        n = len(self.running)
+        self.view.show(
+            Note(f"interrupted: {n} running {'training saves its' if n == 1 else 'trainings save their'} state")
+        )
+        self._save_states(executor, self._handle)
+        for run, _ in self.running.values():
+            folder = run_folder(self.runs, run.identity.sweep, run.key)
+            if read_run(folder) is not None and read_outcome(folder) is None:
+                write_outcome(folder, RunOutcome("killed", "it did not stop in time; its last checkpoint stands"))
+
+    def _save_states(self, executor: Executor, handle: Callable[[ExecutorEvent], None]) -> None:
+        """Interrupt all runs, and wait for as long as a user can be asked to; a second signal ends the waiting."""
+        asked_before = self.stop.count
+        executor.interrupt()
+        deadline = time.monotonic() + SAVE_PATIENCE_S
+        while executor.busy and time.monotonic() < deadline and self.stop.count == asked_before:
+            for event in executor.poll(min(POLL_S, max(0.0, deadline - time.monotonic()))):
+                handle(event)
+            self.view.tick()
+
+    def _outcomes(self) -> dict[str, int]:
+        counts: Counter[str] = Counter()
+        for arm_cell in self.arm_cells:
+            counts.update(arm_cell.outcomes())
+        counts["not_run"] = sum(arm_cell.n_not_run for arm_cell in self.arm_cells)
+        counts["missing"] = self.n_missing
+        return {name: n for name, n in counts.items() if n}
+
+    def _show_start(self, n_workers: int) -> None:
+        sweep, metric = self.plan.sweep, self.plan.sweep.metric
+        self.view.show(
+            SweepStarted(
+                sweep=sweep.name,
+                question=sweep.question,
+                count=self.plan.count(),
+                n_runs=self.n_runs,
+                n_done=self.n_done,
+                n_workers=n_workers,
+                direction=metric.direction,
+                select=metric.select,
+                report=metric.report,
+            )
+        )
+        for arm_cell in self.arm_cells:
+            done = {**(arm_cell.tuning.results if arm_cell.tuning else {}), **arm_cell.results}
+            known = {
+                **(arm_cell.tuning.runs if arm_cell.tuning else {}),
+                **{run.key: run for run in arm_cell.replicates},
+            }
+            for key, outcome in done.items():
+                self._show_end(known[key], arm_cell, outcome, None)
+            if arm_cell.tuning is not None and arm_cell.choice is not None:
+                self._show_choice(arm_cell)
+
+    def _show_end(self, run: PlannedRun, arm_cell: ArmCellProgress, outcome: RunOutcome, worker: int | None) -> None:
+        identity = run.identity
+        self.view.show(
+            RunEnded(
+                key=run.key,
+                arm=identity.arm,
+                cell=identity.cell,
+                role=identity.role,
+                seed=identity.seed,
+                trial=run.trial,
+                outcome=outcome.outcome,
+                reason=outcome.reason,
+                value=arm_cell.value(run, outcome),
+                wall_s=outcome.wall_s,
+                n_done=self.n_done,
+                n_runs=self.n_runs,
+                worker=worker,
+            )
+        )
+
+    def _show_choice(self, arm_cell: ArmCellProgress) -> None:
+        choice = arm_cell.choice
+        self.view.show(
+            Chosen(arm_cell.arm_cell.arm, arm_cell.arm_cell.cell, choice.settings, choice.value, choice.reason)
+        )
+
+
+def _reopen_failed(folder: Path) -> None:
+    """Let failed runs be tried again. Their MLflow run and checkpoint stay with them."""
+    for path in sorted(folder.glob("*/outcome.json")):
+        outcome = read_outcome(path.parent)
+        if outcome is not None and outcome.outcome == "failed":
+            write_outcome(
+                path.parent, replace(outcome, outcome="killed", reason=f"tried again after: {outcome.reason}")
+            )

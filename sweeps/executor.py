@@ -1,0 +1,282 @@
+"""Where runs are executed: a small interface, and the executor of this machine with one process per worker.
+
+An executor only runs jobs; which ones, in which order and how often is the driver's affair.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sweeps
+from experiments.errors import UserError
+
+TARGET = "experiments.run:run_experiment"
+# Workers that die before they are ready are started again; so many in a row mean that none can start.
+MAX_FAILED_STARTS = 2
+EXIT_PATIENCE_S = 2.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training for a worker: identity and config as JSON values, ``tracking`` as in ``TrackingTarget``."""
+
+    key: str
+    identity: dict[str, Any]
+    config: dict[str, Any]
+    runs: str
+    tracking: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Started:
+    """A worker has begun a job."""
+
+    key: str
+    worker: int
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A job's progress: ``step`` of ``n_steps``, and newest metrics."""
+
+    key: str
+    worker: int
+    step: int
+    n_steps: int
+    metrics: dict[str, float | None]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job's record is complete: its folder holds the outcome."""
+
+    key: str
+    worker: int
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The worker went away in the middle of a job. ``reason`` names signal or exit code."""
+
+    key: str
+    worker: int
+    reason: str
+
+
+ExecutorEvent = Started | Reported | Ended | Lost
+
+
+class Executor(ABC):
+    """Runs jobs somewhere. Used from one thread."""
+
+    @property
+    @abstractmethod
+    def n_workers(self) -> int:
+        """Jobs that can run at a time."""
+
+    @property
+    @abstractmethod
+    def n_free(self) -> int:
+        """Jobs that can be submitted now."""
+
+    @property
+    @abstractmethod
+    def busy(self) -> frozenset[str]:
+        """Keys of the jobs that are running."""
+
+    @abstractmethod
+    def submit(self, job: Job) -> None:
+        """Start a job; only while ``n_free > 0``."""
+
+    @abstractmethod
+    def poll(self, timeout_s: float) -> list[ExecutorEvent]:
+        """Wait for events at most this long."""
+
+    @abstractmethod
+    def interrupt(self) -> None:
+        """Ask all running jobs to save a checkpoint and end as ``killed``. They end with ``Ended``."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End all workers; jobs that still run are lost without an event."""
+
+
+@dataclass
+class _Worker:
+    process: subprocess.Popen[bytes]
+    events: int  # read end of its pipe
+    log: Path
+    buffer: bytes = b""
+    ready: bool = False
+    leaving: bool = False
+    key: str | None = None
+
+
+@dataclass
+class LocalExecutor(Executor):
+    """Persistent worker processes of this machine, in sessions of their own, that die with this one.
+
+    Each imports torch once and then trains job after job; jobs go in as JSON lines on stdin, events come back as
+    JSON lines of less than 4 KB on a pipe. A worker that goes away is replaced. ``gpus`` are dealt out in turn.
+    """
+
+    folder: Path
+    count: int
+    n_threads: int
+    plugins: tuple[str, ...] = ()
+    gpus: tuple[str, ...] = ()
+    target: str = TARGET
+    _workers: dict[int, _Worker] = field(default_factory=dict)
+    _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+    _failed_starts: int = 0
+    _interrupted: bool = False
+
+    def __post_init__(self) -> None:
+        for number in range(self.count):
+            self._start(number)
+
+    @property
+    def n_workers(self) -> int:
+        return self.count
+
+    @property
+    def n_free(self) -> int:
+        return 0 if self._interrupted else sum(_is_free(worker) for worker in self._workers.values())
+
+    @property
+    def busy(self) -> frozenset[str]:
+        return frozenset(worker.key for worker in self._workers.values() if worker.key is not None)
+
+    def submit(self, job: Job) -> None:
+        worker = next(worker for worker in self._workers.values() if _is_free(worker))
+        worker.key = job.key
+        line = json.dumps(asdict(job), allow_nan=False).encode() + b"\n"
+        with contextlib.suppress(BrokenPipeError):  # it has just gone away: the end of its event pipe will say so
+            worker.process.stdin.write(line)
+            worker.process.stdin.flush()
+
+    def poll(self, timeout_s: float) -> list[ExecutorEvent]:
+        found: list[ExecutorEvent] = []
+        for ready, _ in self._selector.select(timeout_s):
+            found.extend(self._read(ready.data))
+        return found
+
+    def interrupt(self) -> None:
+        self._interrupted = True
+        for worker in self._workers.values():
+            worker.process.send_signal(signal.SIGTERM)
+
+    def close(self) -> None:
+        self._interrupted = True
+        for worker in self._workers.values():
+            worker.process.kill()  # an idle one has nothing left to save, and torch takes its time to go
+        for worker in self._workers.values():
+            _close_stdin(worker)
+            worker.process.wait()
+            self._selector.unregister(worker.events)
+            os.close(worker.events)
+        self._workers.clear()
+        self._selector.close()
+
+    def _start(self, number: int) -> None:
+        reading, writing = os.pipe()
+        log = self.folder / f".worker-{number}.log"
+        command = [sys.executable, "-P", "-m", "sweeps.worker", "--events", str(writing), "--driver", str(os.getpid())]
+        command += ["--threads", str(self.n_threads), "--target", self.target]
+        command += [word for plugin in self.plugins for word in ("--plugin", plugin)]
+        with open(log, "wb") as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                env=self._environment(number),
+                pass_fds=(writing,),
+                start_new_session=True,  # Ctrl-C in the terminal reaches the driver alone
+            )
+        os.close(writing)
+        self._workers[number] = _Worker(process, reading, log)
+        self._selector.register(reading, selectors.EVENT_READ, number)
+
+    def _environment(self, number: int) -> dict[str, str]:
+        top = str(Path(sweeps.__file__).resolve().parent.parent)
+        path = os.pathsep.join([top, *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(self.n_threads)}
+        if self.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[number % len(self.gpus)]
+        return environment
+
+    def _read(self, number: int) -> list[ExecutorEvent]:
+        worker = self._workers[number]
+        chunk = os.read(worker.events, 1 << 16)
+        if not chunk:
+            return self._gone(number)
+        *lines, worker.buffer = (worker.buffer + chunk).split(b"\n")
+        return [event for line in lines if (event := self._event(number, json.loads(line))) is not None]
+
+    def _event(self, number: int, message: dict[str, Any]) -> ExecutorEvent | None:
+        worker = self._workers[number]
+        kind = message.pop("event")
+        if kind == "ready":
+            worker.ready = True
+            self._failed_starts = 0
+            return None
+        if kind == "started":
+            return Started(worker.key, number)
+        if kind == "progress":
+            return Reported(worker.key, number, **message)
+        assert kind == "ended", kind
+        key, worker.key, worker.leaving = worker.key, None, message["leaving"]
+        return Ended(key, number)
+
+    def _gone(self, number: int) -> list[ExecutorEvent]:
+        """The pipe's other end is closed: the process is dead, or about to be."""
+        worker = self._workers.pop(number)
+        self._selector.unregister(worker.events)
+        os.close(worker.events)
+        _close_stdin(worker)
+        try:
+            worker.process.wait(EXIT_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            worker.process.kill()
+            worker.process.wait()
+        if not worker.ready and not self._interrupted:
+            self._failed_starts += 1
+            if self._failed_starts >= MAX_FAILED_STARTS:
+                raise UserError(f"workers can't start: {_last_line(worker.log)} (see {worker.log})")
+        if not self._interrupted:
+            self._start(number)
+        return [] if worker.key is None else [Lost(worker.key, number, _exit_reason(worker.process.returncode))]
+
+
+def _is_free(worker: _Worker) -> bool:
+    return worker.ready and not worker.leaving and worker.key is None
+
+
+def _close_stdin(worker: _Worker) -> None:
+    with contextlib.suppress(BrokenPipeError):  # a job that it never read
+        worker.process.stdin.close()
+
+
+def _exit_reason(code: int) -> str:
+    if code >= 0:
+        return f"the worker exited with code {code}"
+    name = signal.Signals(-code).name
+    hint = " (often: out of memory)" if name == "SIGKILL" else ""
+    return f"the worker was ended by signal {name}{hint}"
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")

@@ -1,0 +1,265 @@
+"""The tuning of one arm-cell: which settings to try next, and which of the tried ones to take.
+
+Records are the truth. The Optuna study beside them proposes settings for the adaptive sampler and lets Optuna's own
+tools read a search; whenever a driver starts, it is brought in line with the records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.config import RESULTS_VERSION
+from experiments.records import RunOutcome
+from sweeps.definition import TUNING_SEED
+from sweeps.plan import ArmCell, PlannedRun
+from sweeps.space import DESIGN_SEED, SearchSpace
+
+if TYPE_CHECKING:
+    import optuna
+
+KEY, REPEATS = "mixlab.key", "mixlab.repeats"  # user attributes of Optuna's trials
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The settings taken for the replicates, or None and why there are none. ``value`` is the select metric's."""
+
+    settings: dict[str, Any] | None
+    value: float | None = None
+    key: str = ""
+    trial: int | None = None
+    reason: str = ""
+
+
+def select_value(outcome: RunOutcome, metric: str) -> float | None:
+    """The select metric of a run that may win: finished, with a finite value. None for all others."""
+    value = outcome.metrics.get(metric)
+    if outcome.outcome != "finished" or value is None or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def choose(results: list[tuple[PlannedRun, RunOutcome]], metric: str, direction: str) -> Choice:
+    """The best trial by ``metric``; the first of equals. Diverged, failed and pruned trials never win."""
+    best: Choice | None = None
+    for run, outcome in results:
+        value = select_value(outcome, metric)
+        if value is None:
+            continue
+        if best is None or (value > best.value if direction == "maximize" else value < best.value):
+            best = Choice(run.settings, value, run.key, run.trial)
+    if best is not None:
+        return best
+    counts: dict[str, int] = {}
+    for _, outcome in results:
+        ended = f"without a finite {metric}" if outcome.outcome == "finished" else outcome.outcome
+        counts[ended] = counts.get(ended, 0) + 1
+    ends = ", ".join(f"{n} {ended}" for ended, n in counts.items())
+    return Choice(None, reason=f"not run: none of {len(results)} tuning trials can be chosen ({ends})")
+
+
+@dataclass
+class Tuning:
+    """Trials of one arm-cell: taken one by one with :meth:`next_run`, ended with :meth:`tell`.
+
+    ``read`` gives the final outcome recorded under a key, or None. ``runs`` are all distinct runs known so far and
+    ``results`` those that have ended, by key.
+    """
+
+    arm_cell: ArmCell
+    study: optuna.Study
+    read: Callable[[str], RunOutcome | None]
+    runs: dict[str, PlannedRun] = field(default_factory=dict)
+    results: dict[str, RunOutcome] = field(default_factory=dict)
+    n_repeats: int = 0
+    _asked: dict[str, int] = field(default_factory=dict)  # key -> number of Optuna's running trial
+    _queued: set[str] = field(default_factory=set)  # keys that wait in the study
+
+    @classmethod
+    def open(cls, arm_cell: ArmCell, storage: Any, read: Callable[[str], RunOutcome | None]) -> Tuning:
+        """The search as records and study leave it; trials that a lost driver was running wait again."""
+        import optuna
+
+        study = optuna.create_study(
+            storage=storage,
+            study_name=f"{arm_cell.name} | {_digest(arm_cell)}",
+            direction=arm_cell.sweep.metric.direction,
+            load_if_exists=True,
+        )
+        # The seed moves on with the trials: a restarted driver must not be handed the first proposals again.
+        seed = int(_digest(arm_cell), 16) % 2**31 + len(study.get_trials(deepcopy=False))
+        adaptive = not arm_cell.trial_settings
+        study.sampler = (optuna.samplers.TPESampler if adaptive else optuna.samplers.RandomSampler)(seed=seed)
+        tuning = cls(arm_cell, study, read)
+        tuning._reconcile()
+        return tuning
+
+    @property
+    def n_trials(self) -> int:
+        """Distinct runs that the search will have made: settings proposed twice are run once."""
+        return self.arm_cell.n_trials - self.n_repeats
+
+    @property
+    def complete(self) -> bool:
+        return len(self.results) == self.n_trials
+
+    @property
+    def choice(self) -> Choice:
+        assert self.complete
+        metric = self.arm_cell.sweep.metric
+        ordered = sorted(self.runs.values(), key=lambda run: run.trial)
+        return choose([(run, self.results[run.key]) for run in ordered], metric.select, metric.direction)
+
+    def next_run(self) -> PlannedRun | None:
+        """The next trial to run; None while all are running or done."""
+        while self._queued or len(self.runs) < self.n_trials:
+            trial = self.study.ask(_distributions(self.arm_cell.sweep.tune))
+            key = trial.user_attrs.get(KEY)
+            run = self.runs[key] if key else self.arm_cell.trial(len(self.runs), trial.params)
+            if key is None and run.key in self.runs:
+                self._close_repeat(trial, run)
+                continue
+            trial.set_user_attr(KEY, run.key)
+            self.runs[run.key] = run
+            self._queued.discard(run.key)
+            self._asked[run.key] = trial.number
+            outcome = self.read(run.key)
+            if outcome is None:
+                return run
+            self.tell(run, outcome)
+        return None
+
+    def tell(self, run: PlannedRun, outcome: RunOutcome) -> None:
+        """The end of a trial that :meth:`next_run` gave."""
+        self.results[run.key] = outcome
+        self.study.tell(self._asked.pop(run.key), **self._told(outcome))
+
+    def _reconcile(self) -> None:
+        """Bring the study in line with plan and records, and queue what is left to run."""
+        import optuna
+
+        fail = optuna.trial.TrialState.FAIL
+        for number, settings in enumerate(self.arm_cell.trial_settings):
+            run = self.arm_cell.trial(number, settings)
+            self.runs[run.key] = run
+        told: set[str] = set()
+        for trial in self.study.get_trials(deepcopy=False):
+            key = trial.user_attrs.get(KEY)
+            if REPEATS in trial.user_attrs:
+                self.n_repeats += 1
+            elif key is not None and key not in self.runs:
+                self.runs[key] = self.arm_cell.trial(len(self.runs), trial.params)
+            outcome = self.read(key) if key is not None else None
+            if trial.state.name == "WAITING":
+                self._queued.add(key)
+            elif trial.state.name != "RUNNING":
+                told |= {key} if outcome is not None else set()
+            elif outcome is None or key in told:
+                self.study.tell(trial.number, state=fail)
+            else:
+                self.study.tell(trial.number, **self._told(outcome))
+                told.add(key)
+        for run in self.runs.values():
+            outcome = self.read(run.key)
+            if outcome is not None:
+                self.results[run.key] = outcome
+                if run.key not in told | self._queued:
+                    self._add_told(run, outcome)
+            elif run.key not in self._queued:
+                self.study.enqueue_trial(run.settings, user_attrs={KEY: run.key})
+                self._queued.add(run.key)
+
+    def _add_told(self, run: PlannedRun, outcome: RunOutcome) -> None:
+        """Enter a run that was made while the study did not know of it."""
+        import optuna
+
+        told = {"state": optuna.trial.TrialState.COMPLETE, **self._told(outcome)}
+        value = told.pop("values", None)
+        distributions = _distributions(self.arm_cell.sweep.tune)
+        self.study.add_trial(
+            optuna.create_trial(
+                value=value, params=run.settings, distributions=distributions, user_attrs={KEY: run.key}, **told
+            )
+        )
+
+    def _told(self, outcome: RunOutcome) -> dict[str, Any]:
+        """Optuna's words for an outcome."""
+        import optuna
+
+        value = select_value(outcome, self.arm_cell.sweep.metric.select)
+        if value is not None:
+            return {"values": value}
+        if outcome.outcome == "failed":
+            return {"state": optuna.trial.TrialState.FAIL}
+        # Not FAIL, which the sampler leaves out of account: it would propose settings that diverge again.
+        return {"state": optuna.trial.TrialState.PRUNED}
+
+    def _close_repeat(self, trial: optuna.Trial, run: PlannedRun) -> None:
+        """Settings that are known already: the trial gets their result, or none while they are being run."""
+        import optuna
+
+        trial.set_user_attr(REPEATS, run.key)
+        self.n_repeats += 1
+        outcome = self.results.get(run.key)
+        self.study.tell(trial.number, **(self._told(outcome) if outcome else {"state": optuna.trial.TrialState.FAIL}))
+
+
+class _HeldLock:
+    """The journal's lock, always held: the driver has locked the whole sweep. A killed one leaves none behind."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
+
+
+def open_journal(path: Path) -> Any:
+    """Optuna storage in a journal file. A last line that a killed driver left torn is cut off first."""
+    import optuna
+    from optuna.storages.journal import JournalFileBackend, JournalStorage
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if path.exists():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(path, whole)
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=_HeldLock()))
+
+
+def _distributions(spaces: dict[str, SearchSpace]) -> dict[str, Any]:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    found: dict[str, Any] = {}
+    for path, space in spaces.items():
+        if space.choice is not None:
+            found[path] = CategoricalDistribution(space.choice)
+        elif space.int_uniform is not None:
+            found[path] = IntDistribution(*space.int_uniform)
+        else:
+            found[path] = FloatDistribution(*space.bounds, log=space.log_uniform is not None)
+    return found
+
+
+def _digest(arm_cell: ArmCell) -> str:
+    """Tells apart searches of the same name: an edited sweep file starts a new study."""
+    sweep = arm_cell.sweep
+    spaces = {path: space.model_dump(exclude_unset=True) for path, space in sweep.tune.items()}
+    parts = [
+        RESULTS_VERSION,
+        DESIGN_SEED,
+        TUNING_SEED,
+        sweep.search.sampler,
+        sweep.metric.model_dump(),
+        arm_cell.n_trials,
+    ]
+    text = json.dumps([*parts, spaces, arm_cell.values], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

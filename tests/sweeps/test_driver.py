@@ -1,0 +1,196 @@
+"""Whole sweeps with real worker processes; only the training itself is a stand-in."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from experiments.errors import UserError
+from experiments.records import read_outcome, read_sweep_runs
+from sweeps.lock import driver_lock, driver_runs
+from sweeps.plan import plan
+from sweeps.saved import read_saved
+from tests.sweeps.helpers import completions, drive, tiny, tuned
+
+
+@pytest.fixture
+def behave(monkeypatch):
+    def set_behaviour(**behaviour):
+        monkeypatch.setenv("FAKE_TARGET", json.dumps(behaviour))
+
+    set_behaviour()
+    return set_behaviour
+
+
+def test_a_sweep_without_tuning_runs_every_seed_once_and_then_no_more(tmp_path, behave):
+    sweep = tiny(tmp_path, '[vary]\n"task.n_pairs" = [2, 4]\n')
+    result, events = drive(sweep, tmp_path / "runs")
+    assert result.outcomes == {"finished": 8}
+    assert result.exit_code == 0
+    expected = {run.key for arm_cell in plan(sweep).arm_cells for run in arm_cell.replicates({})}
+    assert dict(completions(tmp_path / "runs")) == dict.fromkeys(expected, 1)
+    assert [event["event"] for event in events].count("run_ended") == 8
+    assert {record.identity.key for record in read_sweep_runs(tmp_path / "runs", "tiny")} == expected
+
+    again, events = drive(sweep, tmp_path / "runs")
+    assert again == result
+    assert sum(completions(tmp_path / "runs").values()) == 8
+    assert not [event for event in events if event["event"] == "run_started"]
+
+
+def test_settings_are_chosen_on_select_only_and_replicates_use_them(tmp_path, behave):
+    sweep = tuned(tmp_path, 4, tune__train__lr={"choice": [3e-4, 3e-3, 3e-2, 3e-1]})
+    result, events = drive(sweep, tmp_path / "runs")
+    assert result.outcomes == {"finished": 2 * (4 + 2)}
+    saved = read_saved(tmp_path / "runs", "tiny")
+    assert {name: choice["settings"] for name, choice in saved.chosen.items()} == {
+        "narrow | all": {"train.lr": 3e-3},
+        "wide | all": {"train.lr": 3e-3},
+    }
+    assert saved.chosen["narrow | all"]["value"] == pytest.approx(1.0, abs=0.01)
+    replicates = [r for r in read_sweep_runs(tmp_path / "runs", "tiny") if r.identity.role == "replicate"]
+    assert {(r.identity.arm, r.identity.seed, r.config["train"]["lr"]) for r in replicates} == {
+        (arm, seed, 3e-3) for arm in ("narrow", "wide") for seed in (0, 1)
+    }
+    assert {run.key for run in saved.runs} == set(completions(tmp_path / "runs"))
+    # No barrier: the first arm's replicates start before the second arm's last trial.
+    started = [(e["arm"], e["role"]) for e in events if e["event"] == "run_started"]
+    last_trial = max(i for i, run in enumerate(started) if run == ("wide", "tuning"))
+    assert started.index(("narrow", "replicate")) < last_trial
+
+
+def test_an_adaptive_search_runs_to_its_end(tmp_path, behave):
+    sweep = tuned(tmp_path, 5, search__sampler="tpe")
+    result, _ = drive(sweep, tmp_path / "runs")
+    assert result.outcomes == {"finished": 2 * (5 + 2)}
+    assert max(completions(tmp_path / "runs").values()) == 1
+    assert drive(sweep, tmp_path / "runs")[0] == result
+    assert sum(completions(tmp_path / "runs").values()) == 14
+
+
+def test_a_training_that_raises_is_a_failed_run_and_the_sweep_goes_on(tmp_path, behave):
+    behave(outcome={"1": "raise"})
+    sweep = tiny(tmp_path)
+    result, events = drive(sweep, tmp_path / "runs")
+    assert result.outcomes == {"finished": 2, "failed": 2}
+    assert result.exit_code == 1
+    failed = [event for event in events if event.get("outcome") == "failed"]
+    assert [event["reason"] for event in failed] == ["ValueError: this seed is bad"] * 2
+    log = (tmp_path / "runs" / "tiny" / failed[0]["key"] / "log.txt").read_text()
+    assert f"training {failed[0]['key']}" in log
+    assert "Traceback" in log
+
+    assert drive(sweep, tmp_path / "runs")[0].outcomes == {"finished": 2, "failed": 2}
+    behave()
+    assert drive(sweep, tmp_path / "runs", retry_failed=True)[0].outcomes == {"finished": 4}
+    assert set(completions(tmp_path / "runs").values()) == {1}
+
+
+def test_a_killed_worker_is_replaced_and_its_run_tried_once_more(tmp_path, behave):
+    behave(outcome={"0": "die_once", "1": "die"})
+    result, events = drive(tiny(tmp_path), tmp_path / "runs")
+    assert result.outcomes == {"finished": 2, "failed": 2}
+    retried = [event for event in events if event["event"] == "run_retried"]
+    assert len(retried) == 4
+    assert "SIGKILL" in retried[0]["reason"]
+    for record in read_sweep_runs(tmp_path / "runs", "tiny"):
+        starts = (record.folder / "starts.log").read_text().split()
+        assert len(starts) == 2
+        if record.identity.seed == 1:
+            assert record.outcome.reason.startswith("the worker was ended by signal SIGKILL")
+            assert "in each of 2 attempts" in record.outcome.reason
+
+
+def test_diverged_trials_never_win_though_their_metric_is_the_best(tmp_path, behave):
+    behave(outcome={"0.1": "diverged"})
+    result, _ = drive(tuned(tmp_path, 4), tmp_path / "runs")
+    assert result.outcomes == {"finished": 2 * (3 + 2), "diverged": 2}
+    chosen = read_saved(tmp_path / "runs", "tiny").chosen
+    assert chosen["wide | all"]["settings"] == {"train.lr": 1e-3}
+
+
+def test_an_arm_of_which_all_trials_diverge_has_no_replicates_and_the_sweep_goes_on(tmp_path, behave):
+    behave(outcome={"0.1": "diverged", "0.2": "diverged"})
+    text = "[tune]\n'train.lr' = { choice = [0.1, 0.2] }\n"
+    result, events = drive(tiny(tmp_path, text, budget__tune_trials=2), tmp_path / "runs")
+    assert result.outcomes == {"diverged": 4, "not_run": 4}
+    assert result.exit_code == 0
+    reason = "not run: none of 2 tuning trials can be chosen (2 diverged)"
+    assert [event["reason"] for event in events if event["event"] == "chosen"] == [reason] * 2
+    saved = read_saved(tmp_path / "runs", "tiny")
+    assert saved.chosen["narrow | all"]["reason"] == reason
+    assert {run.role for run in saved.runs} == {"tuning"}
+
+
+@pytest.mark.parametrize("split", ["select", "report"])
+def test_a_metric_that_no_run_has_ends_the_sweep_with_the_names_there_are(tmp_path, behave, split):
+    sweep = tuned(tmp_path, 2, **{f"metric__{split}": f"{split}/acuracy"})
+    expected = f"sweep tiny: metric.{split}: runs have no '{split}/acuracy'; of this split they have: {split}/accuracy"
+    for _ in range(2):  # the second time from the records
+        with pytest.raises(UserError) as caught:
+            drive(sweep, tmp_path / "runs")
+        assert str(caught.value) == expected
+    assert not driver_runs(tmp_path / "runs" / "tiny")
+
+
+def test_an_edited_sweep_keeps_what_it_has_and_counts_what_it_plans(tmp_path, behave):
+    drive(tiny(tmp_path), tmp_path / "runs")
+    result, _ = drive(tiny(tmp_path, seeds=[1, 2]), tmp_path / "runs")
+    assert result.outcomes == {"finished": 4}
+    assert sum(completions(tmp_path / "runs").values()) == 6
+    assert len(read_saved(tmp_path / "runs", "tiny").runs) == 4
+
+
+def test_a_bad_plan_creates_nothing(tmp_path, behave):
+    with pytest.raises(UserError):
+        drive(tiny(tmp_path, base__task__n_pair=3), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_second_driver_names_the_first(tmp_path, behave):
+    folder = tmp_path / "runs" / "tiny"
+    with driver_lock(folder):
+        assert driver_runs(folder)
+        with pytest.raises(UserError, match=f"sweep tiny is already being run by process {os.getpid()} on "):
+            drive(tiny(tmp_path), tmp_path / "runs")
+    assert not driver_runs(folder)
+    assert drive(tiny(tmp_path), tmp_path / "runs")[0].exit_code == 0
+
+
+def test_workers_that_can_not_start_are_one_clear_line(tmp_path, behave):
+    with pytest.raises(UserError, match="workers can't start: ModuleNotFoundError: No module named 'no_such_module'"):
+        drive(tiny(tmp_path), tmp_path / "runs", target="no_such_module:run")
+
+
+def test_workers_load_the_plugins(tmp_path, behave):
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text("raise RuntimeError('loaded in the worker')\n", encoding="utf-8")
+    with pytest.raises(UserError, match="loaded in the worker"):
+        drive(tiny(tmp_path), tmp_path / "runs", plugins=(str(plugin),))
+
+
+def test_zero_workers(tmp_path, behave):
+    with pytest.raises(UserError, match="--workers: at least 1 is needed, got 0"):
+        drive(tiny(tmp_path), tmp_path / "runs", n_workers=0)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_progress_is_told_with_numbers_only(tmp_path, behave):
+    _, events = drive(tiny(tmp_path, seeds=[0]), tmp_path / "runs")
+    progress = [event for event in events if event["event"] == "run_progress"]
+    assert {event["arm"] for event in progress} == {"narrow", "wide"}
+    assert progress[-1]["step"] == progress[-1]["n_steps"] == 2
+    assert set(progress[-1]["metrics"]) == {"train/loss"}
+
+
+def test_a_killed_record_is_run_again(tmp_path, behave):
+    sweep = tiny(tmp_path)
+    drive(sweep, tmp_path / "runs")
+    record = read_sweep_runs(tmp_path / "runs", "tiny")[0]
+    values = json.loads((record.folder / "outcome.json").read_text())
+    (record.folder / "outcome.json").write_text(json.dumps({**values, "outcome": "killed"}))
+    drive(sweep, tmp_path / "runs")
+    assert read_outcome(record.folder).outcome == "finished"
+    assert completions(tmp_path / "runs")[record.identity.key] == 2

@@ -1,0 +1,65 @@
+"""The worker's pipe and its threads of output."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import select
+
+from experiments.progress import Progress
+from sweeps.worker import MAX_EVENT_BYTES, EventPipe, output_to
+
+
+def pipe() -> tuple[int, EventPipe]:
+    reading, writing = os.pipe()
+    return reading, EventPipe(writing)
+
+
+def test_progress_is_cut_to_what_a_pipe_writes_in_one_piece():
+    reading, events = pipe()
+    metrics = {f"mixer/layer{i}/a_rather_long_name_of_a_metric": 1 / 3 for i in range(500)}
+    events.progress(Progress(1, 1, metrics, note="x" * 5000))
+    line = os.read(reading, 1 << 16)
+    assert len(line) <= MAX_EVENT_BYTES
+    assert line.endswith(b"\n")
+    assert 20 < len(json.loads(line)["metrics"]) < 500
+
+
+def test_progress_that_is_not_finite_is_null_and_text_is_left_out():
+    reading, events = pipe()
+    events.progress(Progress(1, 1, {"a": math.nan, "b": math.inf, "c": 2, "d": "text"}))
+    assert json.loads(os.read(reading, 1 << 16))["metrics"] == {"a": None, "b": None, "c": 2}
+
+
+def test_a_reader_that_sleeps_does_not_stop_a_training_but_gets_the_end():
+    reading, events = pipe()
+    for step in range(2000):
+        events.progress(Progress(step, step, {"loss": 1.0}))  # the last step is always sent
+    content = b""
+    while select.select([reading], [], [], 0)[0]:
+        content += os.read(reading, 1 << 16)
+    lines = content.split(b"\n")
+    assert lines.pop() == b""
+    assert 100 < len(lines) < 2000
+    assert all(json.loads(line)["event"] == "progress" for line in lines)
+    events.send("ended", leaving=False)
+    assert json.loads(os.read(reading, 1 << 16)) == {"event": "ended", "leaving": False}
+
+
+def test_progress_is_sent_a_few_times_a_second_only():
+    reading, events = pipe()
+    for step in range(100):
+        events.progress(Progress(step, 1000))
+    assert os.read(reading, 1 << 16).count(b"\n") <= 2
+
+
+def test_output_goes_to_the_log_and_then_back(tmp_path, capfd):
+    path = tmp_path / "log.txt"
+    for word in ("one", "two"):
+        with output_to(path):
+            os.write(1, f"{word}\n".encode())
+            os.write(2, f"{word} error\n".encode())
+    os.write(1, b"three\n")
+    assert path.read_text() == "one\none error\ntwo\ntwo error\n"
+    assert capfd.readouterr().out == "three\n"
