@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from experiments.cli import runs_option
 from experiments.errors import UserError
 from experiments.paths import runs_root, tracking_uri
 
@@ -18,7 +19,7 @@ from experiments.paths import runs_root, tracking_uri
 @click.option("--json", "as_json", is_flag=True, help="Print a list, one object per arm and cell, and nothing else.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page that works by itself.")
 @click.option("--png", type=click.Path(path_type=Path), help="Write a figure for a paper.")
-@click.option("--runs", default=None, help="Folder of the runs.  [default: $MIXLAB_RUNS or ./runs]")
+@runs_option
 @click.option("--all-metrics", is_flag=True, help="Also list every report and select metric.")
 def compare(
     sweep: str,
@@ -27,7 +28,7 @@ def compare(
     as_json: bool,
     html: Path | None,
     png: Path | None,
-    runs: str | None,
+    runs_dir: str | None,
     all_metrics: bool,
 ) -> None:
     """Compare the arms of SWEEP (a name, or the path of a sweep file): metric, cost and Pareto front.
@@ -41,7 +42,7 @@ def compare(
     from analysis.runs import replicates, rows_from_records
     from analysis.table import print_comparison
 
-    saved, rows = rows_from_records(runs_root(runs), sweep_name(sweep))
+    saved, rows = rows_from_records(runs_root(runs_dir), sweep_name(sweep))
     y = y or saved.metric["report"]
     lines = comparison.compare(saved, rows, x, y)
     comparison.check_axis("--x", x, saved, lines)
@@ -97,17 +98,17 @@ def _write(path: Path, option: str, content: bytes) -> None:
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
-@click.option("--runs", default=None, help="Folder of the runs.  [default: $MIXLAB_RUNS or ./runs]")
+@runs_option
 @click.option("--store", default=None, help="Tracking store.  [default: $MLFLOW_TRACKING_URI or RUNS/mlflow.db]")
 @click.option("--static-prefix", default="", help="Path under which a proxy serves this, for example /mixlab.")
 @click.option("--allow-public", is_flag=True, help="Listen on an address that others can reach. There is no login.")
 def dashboard(
-    host: str, port: int, runs: str | None, store: str | None, static_prefix: str, allow_public: bool
+    host: str, port: int, runs_dir: str | None, store: str | None, static_prefix: str, allow_public: bool
 ) -> None:
     """Serve MLflow's pages and the comparison page (/compare) until Ctrl-C."""
     from analysis.dashboard.server import serve
 
-    root = runs_root(runs)
+    root = runs_root(runs_dir)
     serve(
         store=store or tracking_uri(root),
         runs=root,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -61,8 +60,7 @@ def cell_table(saved: SavedSweep, cell: str, lines: list[Comparison], *, x: str,
     contexts = {line.cost["state_context_tokens"] for line in lines if "state_context_tokens" in line.cost}
     context = f", state at {contexts.pop():,.0f} tokens" if len(contexts) == 1 else ""
     table = _plain_table(cell + context)
-    table.add_column("", no_wrap=True)
-    table.add_column("arm", overflow="fold", min_width=10)
+    table.add_column("  arm", overflow="fold", min_width=18)
     table.add_column(escape(y.replace("/", "/\n", 1)), justify="right", no_wrap=True)
     table.add_column("n", justify="right", no_wrap=True)
     columns = list(_COLUMNS)
@@ -74,18 +72,24 @@ def cell_table(saved: SavedSweep, cell: str, lines: list[Comparison], *, x: str,
     metric_as_x = [] if x.startswith("cost/") else [x]
     for name in metric_as_x:
         table.add_column(escape(name), justify="right", no_wrap=True)
-    table.add_column("notes", overflow="fold")
+    noted = any(line.notes for line in lines)
+    if noted:
+        table.add_column("notes", overflow="fold")
     for line in lines:
         table.add_row(
-            "●" if line.pareto else "",
-            escape(line.arm),
+            ("● " if line.pareto else "  ") + escape(line.arm),
             spread(line.metrics.get(y)),
             f"{line.n_seeds}/{line.n_planned}",
-            *(human(line.cost.get(name), axis(f"cost/{name}", saved.metric).unit) for name, _ in columns),
+            *(_narrow(human(line.cost.get(name), axis(f"cost/{name}", saved.metric).unit)) for name, _ in columns),
             *(spread(line.metrics.get(name)) for name in metric_as_x),
-            escape("; ".join(line.notes)),
+            *([escape("; ".join(line.notes))] if noted else []),
         )
     return table
+
+
+def _narrow(text: str) -> str:
+    """``25.1k`` for ``25.1 k``: nine columns share the 80 of a terminal."""
+    return text.replace(" ", "")
 
 
 def metrics_table(cell: str, lines: list[Comparison]) -> Table:
@@ -118,7 +122,8 @@ def _plain_table(title: str) -> Table:
         title=escape(title),
         title_justify="left",
         title_style="bold",
-        box=box.SIMPLE_HEAD,
+        box=None,
+        header_style="underline",
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )

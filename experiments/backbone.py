@@ -16,8 +16,6 @@ from mixers.base import Mixer, MixerConfig, Slot, State
 from mixers.norms import RMSNorm
 from mixers.short_conv import ShortConv
 
-EMBEDDING_STD = 0.02
-
 
 class BackboneOutput(NamedTuple):
     """hidden (B,T,D), final-normed: give it to :meth:`Backbone.logits`; the state or None; aux scalars by name."""
@@ -109,14 +107,14 @@ class Backbone(nn.Module):
         plan = layer_plan(self.pattern, config)
         # Built and drawn first, so that all arms of a seed start from the same embedding.
         self.embedding = nn.Embedding(vocab_size, config.d_model)
-        nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
+        nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
         if config.positions == "learned":
             self.positions = nn.Embedding(config.max_positions, config.d_model)
-            nn.init.normal_(self.positions.weight, std=EMBEDDING_STD)
+            nn.init.normal_(self.positions.weight, std=1.0)
         self.head = None
         if not config.tie_embeddings:
             self.head = nn.Linear(config.d_model, vocab_size, bias=False)
-            nn.init.normal_(self.head.weight, std=EMBEDDING_STD)
+            nn.init.normal_(self.head.weight, std=config.d_model**-0.5)
         scope = None if state is None else state.scope
         self.blocks = nn.ModuleList(
             Block(config, {slot: build_mixer(spec, config.d_model, scope) for slot, spec in layer.items()})
@@ -134,7 +132,9 @@ class Backbone(nn.Module):
     ) -> BackboneOutput:
         """tokens (B,T) int64, continuing from ``state``; mask (B,T) bool, False at padding."""
         n_tokens = tokens.shape[1]
-        x = self.embedding(tokens)
+        # The stream starts with entries of unit size, as sub-layers' outputs have: a smaller embedding would be drowned
+        # by the first of them. The tied output projection keeps the small weights (Vaswani et al. 2017, section 3.4).
+        x = self.embedding(tokens) * self.config.d_model**0.5
         position = x.new_zeros((), dtype=torch.int64) if state is None else state.position
         if self.config.positions == "learned":
             indices = position + torch.arange(n_tokens, device=tokens.device)

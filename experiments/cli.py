@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mixers.cli import json_option, load_plugins, plugin_option
+
 if TYPE_CHECKING:
     from experiments.config import ExperimentConfig
     from experiments.progress import Progress
@@ -21,16 +23,10 @@ def runs_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-def plugin_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--plugin", "plugins", multiple=True, metavar="FILE", help="Python file that registers mixers; repeatable."
-    )(command)
-
-
 @click.command()
 @click.argument("experiment")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
+@json_option
 @click.option("--no-tracking", is_flag=True, help="Write the record only, nothing to MLflow.")
 @runs_option
 @plugin_option
@@ -45,7 +41,7 @@ def train(
     """Train one EXPERIMENT (a TOML file or the name of a shipped recipe), once. Run again, it resumes."""
     from experiments.paths import runs_root
 
-    _load_plugins(plugins)
+    load_plugins(plugins)
     config, name = _experiment(experiment, overrides)
     runs = runs_root(runs_dir)
     identity = _identity(config, name)
@@ -65,7 +61,7 @@ def train(
 @click.command()
 @click.argument("run", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
+@json_option
 @plugin_option
 def evaluate(run: str, overrides: tuple[str, ...], as_json: bool, plugins: tuple[str, ...]) -> None:
     """Evaluate the checkpoint of RUN (its folder) on select and report.
@@ -78,7 +74,7 @@ def evaluate(run: str, overrides: tuple[str, ...], as_json: bool, plugins: tuple
     from experiments.records import read_run
     from experiments.reevaluate import evaluate_checkpoint
 
-    _load_plugins(plugins)
+    load_plugins(plugins)
     record = read_run(Path(run))
     if record is None:
         raise UserError(f"{run}: not the folder of a run (no run.json and config.json)")
@@ -117,14 +113,6 @@ def sync(sweep: str | None, runs_dir: str | None) -> None:
         click.echo(
             f"{name}: {report.n_created} created, {report.n_updated} updated, {report.n_unchanged} already up to date"
         )
-
-
-def _load_plugins(plugins: tuple[str, ...]) -> None:
-    if plugins:
-        from mixers import registry
-
-        for plugin in plugins:
-            registry.load_plugin(plugin)
 
 
 def _experiment(experiment: str, overrides: tuple[str, ...]) -> tuple[ExperimentConfig, str]:
@@ -175,6 +163,10 @@ def _train(config: ExperimentConfig, identity: RunIdentity, runs: Path, *, track
         return run_experiment(config, identity, runs, tracking=target, on_progress=on_progress)
 
 
+# The first of these that a task reports is shown while it trains.
+SHOWN_METRICS = ("select/bits_per_byte", "select/accuracy", "select/loss")
+
+
 class _ProgressBar:
     """A rich bar on a terminal, a line per tenth of the way elsewhere, nothing when quiet."""
 
@@ -194,7 +186,7 @@ class _ProgressBar:
             console=self.console,
             disable=quiet or not self.console.is_terminal,
         )
-        self.task = self.bar.add_task("training", metrics="")
+        self.task = self.bar.add_task("training", total=None, metrics="")
         self.tenth = -1
 
     def __enter__(self) -> None:
@@ -204,7 +196,10 @@ class _ProgressBar:
         self.bar.stop()
 
     def show(self, progress: Progress) -> None:
-        metrics = "  ".join(f"{name} {value:.4g}" for name, value in progress.metrics.items() if name.count("/") == 1)
+        # Two numbers fit beside the bar on 80 columns.
+        best_known = next((name for name in SHOWN_METRICS if name in progress.metrics), None)
+        shown = [name for name in ("train/loss", best_known) if name in progress.metrics]
+        metrics = "  ".join(f"{name} {progress.metrics[name]:.4g}" for name in shown)
         self.bar.update(
             self.task,
             total=progress.n_steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -11,21 +12,33 @@ REFERENCE_WIDTH = 64
 REFERENCE_TOKENS = 512
 
 
-def plugin_option(command: Any) -> Any:
+def plugin_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
-        "--plugin", "plugins", multiple=True, type=click.Path(), help="Python file that registers mixers; repeatable."
+        "--plugin", "plugins", multiple=True, metavar="FILE", help="Python file that registers mixers; repeatable."
     )(command)
 
 
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")(command)
+
+
+def load_plugins(plugins: tuple[str, ...]) -> None:
+    """Run the files that the user named, if any."""
+    if plugins:
+        from mixers import registry
+
+        for plugin in plugins:
+            registry.load_plugin(plugin)
+
+
 @click.command("mixers")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+@json_option
 @plugin_option
 def mixers_command(as_json: bool, plugins: tuple[str, ...]) -> None:
     """List the registered mixers: family, slot, state, devices, source."""
     from mixers import registry
 
-    for plugin in plugins:
-        registry.load_plugin(plugin)
+    load_plugins(plugins)
     rows = [describe(name) for name in registry.names()]
     problems = registry.problems()
     if as_json:

@@ -53,12 +53,12 @@ def _tuples(value: Any) -> Any:
 
 def _one_line(cls: type[BaseModel], error: pydantic.ValidationError, place: str, values: Any) -> str:
     first = error.errors(include_url=False)[0]
-    path = _path_in(values, first["loc"])
+    path = _path_in(values, first["loc"], first["type"] == "missing")
     dotted = ".".join(path)
     where = f"{place}: {dotted}" if dotted else place
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        return f"{where}: unknown key{nearest(path[-1], _fields_at(cls, path[:-1]))}{more}"
+        return f"{where}: unknown key{nearest(path[-1], _fields_at(cls, first['loc'][:-1]))}{more}"
     if first["type"] == "missing":
         return f"{where}: required, but not given{more}"
     if first["type"] == "union_tag_invalid":
@@ -72,28 +72,32 @@ def _one_line(cls: type[BaseModel], error: pydantic.ValidationError, place: str,
     return f"{where}: {message}{given}{more}"
 
 
-def _path_in(values: Any, location: tuple[int | str, ...]) -> list[str]:
+def _path_in(values: Any, location: tuple[int | str, ...], is_missing: bool) -> list[str]:
     """The part of pydantic's location that the user wrote: a tagged union also puts its tag in."""
     path: list[str] = []
     for depth, part in enumerate(location):
-        if (isinstance(values, dict) and part in values) or (
-            isinstance(values, (list, tuple)) and isinstance(part, int) and part < len(values)
-        ):
+        in_table = isinstance(values, dict) and part in values
+        in_list = isinstance(values, (list, tuple)) and isinstance(part, int) and part < len(values)
+        if in_table or in_list:
             values = values[part]
-        elif depth < len(location) - 1:
+        elif not (is_missing and depth == len(location) - 1):
             continue
         path.append(str(part))
     return path
 
 
-def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:
-    """Names of the fields of the model that lies at ``path`` below ``cls``."""
+def _fields_at(cls: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the model that lies at pydantic's ``location`` below ``cls``."""
     models: list[type[BaseModel]] = [cls]
-    for part in path:
+    for part in location:
         inner = [
-            m for model in models if part in model.model_fields for m in _models(model.model_fields[part].annotation)
+            field_model
+            for model in models
+            if part in model.model_fields
+            for field_model in _models(model.model_fields[str(part)].annotation)
         ]
-        models = inner or models
+        tagged = [model for model in models if any(field.default == part for field in model.model_fields.values())]
+        models = inner or tagged or models
     return sorted({name for model in models for name in model.model_fields})
 
 

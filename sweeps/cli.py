@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from experiments.cli import runs_option
+from mixers.cli import json_option, load_plugins, plugin_option
 
 if TYPE_CHECKING:
     from sweeps.definition import SweepConfig
@@ -14,22 +16,6 @@ if TYPE_CHECKING:
     from sweeps.status import SweepStatus
 
 OVERRIDES = "Overrides are keys of the sweep file: seeds=[0,1], budget.max_steps=50, base.train.batch_size=16."
-
-
-def runs_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--runs", "runs_dir", metavar="DIR", help="Where records live; default $MIXLAB_RUNS or ./runs."
-    )(command)
-
-
-def plugin_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--plugin", "plugins", multiple=True, metavar="FILE", help="Python file that registers mixers; repeatable."
-    )(command)
-
-
-def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")(command)
 
 
 @click.group()
@@ -116,11 +102,7 @@ def _load(sweep_file: str, overrides: tuple[str, ...], plugins: tuple[str, ...])
     from experiments.config import parse_overrides
     from sweeps.definition import load_sweep
 
-    if plugins:
-        from mixers.registry import load_plugin
-
-        for plugin in plugins:
-            load_plugin(plugin)
+    load_plugins(plugins)
     return load_sweep(sweep_file, parse_overrides(overrides))
 
 

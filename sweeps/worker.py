@@ -37,6 +37,7 @@ from experiments.records import (
     write_identity,
     write_outcome,
 )
+from mixers.cli import load_plugins
 from sweeps.executor import TARGET
 
 # A write of at most PIPE_BUF bytes arrives whole or not at all, however full the pipe is.
@@ -129,11 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     jobs = _private_stdin()
     target = load_target(options.target)
     _set_threads(options.threads)
-    if options.plugin:
-        from mixers.registry import load_plugin
-
-        for plugin in options.plugin:
-            load_plugin(plugin)
+    load_plugins(tuple(options.plugin))
     pipe = EventPipe(options.events)
     pipe.send("ready")
     for line in jobs:

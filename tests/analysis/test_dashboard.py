@@ -110,7 +110,7 @@ def test_the_index_page_links_to_the_comparison_even_for_a_browser_that_cached_i
 
 
 def test_the_page_shows_the_points_of_the_store(store: Store, dashboard: str, watched: Watched) -> None:
-    page = open_page(watched, f"{dashboard}/compare?experiment=mqar_state")
+    page = open_page(watched, f"{dashboard}/compare?sweep=mqar_state")
     saved, rows = rows_from_records(store.runs, "mqar_state")
     lines = {(line.arm, line.cell): line for line in compare(saved, rows)}
     drawn = points(page)
@@ -134,7 +134,7 @@ def test_the_page_shows_the_points_of_the_store(store: Store, dashboard: str, wa
 
 
 def test_the_front_in_the_browser_is_the_front_of_compare(store: Store, dashboard: str, watched: Watched) -> None:
-    page = open_page(watched, f"{dashboard}/compare?experiment=mqar_state")
+    page = open_page(watched, f"{dashboard}/compare?sweep=mqar_state")
     saved, rows = rows_from_records(store.runs, "mqar_state")
     fronts = set()
     for x, y in (
@@ -158,7 +158,7 @@ def test_the_front_in_the_browser_is_the_front_of_compare(store: Store, dashboar
 
 
 def test_axes_cells_and_arms_are_chosen_and_kept_in_the_address(dashboard: str, watched: Watched) -> None:
-    page = open_page(watched, f"{dashboard}/compare?experiment=mqar_state")
+    page = open_page(watched, f"{dashboard}/compare?sweep=mqar_state")
     page.select_option("#x", "cost/params")
     page.select_option("#y", "select/accuracy")
     page.uncheck("#xlog")
@@ -183,7 +183,7 @@ def test_axes_cells_and_arms_are_chosen_and_kept_in_the_address(dashboard: str, 
 
 
 def test_a_click_shows_the_runs_as_links_into_mlflow(store: Store, dashboard: str, watched: Watched) -> None:
-    page = open_page(watched, f"{dashboard}/compare?experiment=mqar_state&cell=n_pairs%3D64&theme=dark")
+    page = open_page(watched, f"{dashboard}/compare?sweep=mqar_state&cell=n_pairs%3D64&theme=dark")
     page.locator("td.arm a", has_text="FwPKM").click()
     details = page.locator("#details")
     assert "diverged" in details.inner_text()
@@ -198,10 +198,10 @@ def test_a_click_shows_the_runs_as_links_into_mlflow(store: Store, dashboard: st
 
 
 def test_choosing_another_sweep_and_names_that_are_markup(dashboard: str, watched: Watched) -> None:
-    page = open_page(watched, f"{dashboard}/compare?experiment=mqar_state&x=cost/params")
+    page = open_page(watched, f"{dashboard}/compare?sweep=mqar_state&x=cost/params")
     page.select_option("#sweep", "hostile")
     page.wait_for_function("document.getElementById('title').textContent === 'hostile'")
-    assert "experiment=hostile" in page.url
+    assert "sweep=hostile" in page.url
     assert page.input_value("#x") == "cost/state_bytes"
     assert page.locator("#legend button").all_inner_texts() == list(HOSTILE)
     assert {arm for arm, _ in points(page)} == set(HOSTILE)
@@ -211,13 +211,13 @@ def test_choosing_another_sweep_and_names_that_are_markup(dashboard: str, watche
 
 def test_a_phone_shows_everything_without_scrolling_sideways(dashboard: str, watched: Watched) -> None:
     watched.page.set_viewport_size({"width": 390, "height": 800})
-    page = open_page(watched, f"{dashboard}/compare?experiment=mqar_state")
+    page = open_page(watched, f"{dashboard}/compare?sweep=mqar_state")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.locator("#plot .cartesianlayer .subplot").count() == 3
 
 
 def test_an_unknown_sweep_is_said_as_text(dashboard: str, watched: Watched) -> None:
-    watched.page.goto(f"{dashboard}/compare?experiment=%3Cimg%20src%3Dx%20onerror%3D'window.pwned%3D1'%3E")
+    watched.page.goto(f"{dashboard}/compare?sweep=%3Cimg%20src%3Dx%20onerror%3D'window.pwned%3D1'%3E")
     watched.page.wait_for_selector("#status.error")
     assert "no sweep" in watched.page.locator("#status").inner_text()
     assert "<img" in watched.page.locator("#status").inner_text()

@@ -118,6 +118,11 @@ def test_models_that_can_not_be_built(model: dict, message: str) -> None:
             "select",
         ),
         ({"train": {"max_steps": 9, "stop": {"metric": "select/accuracy", "threshold": 1.0}}}, "eval_every"),
+        (
+            {"task": {"name": "text", "document_byte": 2}},
+            "here: task.document_byte: unknown key; did you mean 'document_bytes'",
+        ),
+        ({"task": {"name": "mqar", "seq_len": 15}}, "here: task: "),
         ({"sed": 1}, "here: sed: unknown key; did you mean"),
     ],
 )

@@ -32,12 +32,12 @@
     const select = byId("sweep");
     select.replaceChildren(...sweeps.map((sweep) => new Option(sweep.name, sweep.name)));
     byId("sweep-field").hidden = false;
-    const wanted = view.get("experiment", sweeps[0].name);
+    const wanted = view.get("sweep", sweeps[0].name);
     const found = sweeps.find((sweep) => sweep.name === wanted) ?? sweeps.find((sweep) => sweep.id === wanted);
     if (found) select.value = found.name;
     else select.selectedIndex = -1;
     select.addEventListener("change", () => {
-      view.set({ experiment: select.value, x: null, y: null, xlog: null, ylog: null, cell: null });
+      view.set({ sweep: select.value, x: null, y: null, xlog: null, ylog: null, cell: null });
       hidden.clear();
       loadSweep(select.value);
     });
