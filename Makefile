@@ -14,8 +14,9 @@ demo: $(VENV)/.ready
 	$(BIN)/mixlab compare quickstart --html runs/quickstart/report.html --png runs/quickstart/report.png
 	@echo "Open runs/quickstart/report.html, or see it beside MLflow's pages: $(BIN)/mixlab dashboard"
 
+# One thread per test process: they share the cores.
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .

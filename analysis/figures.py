@@ -62,9 +62,9 @@ def _figure(saved: SavedSweep, comparisons: list[Comparison], x: Axis, y: Axis, 
     n_panels = len(saved.cells) + (factor is not None)
     n_columns = n_panels if n_panels <= 4 else (3 if n_panels % 4 else 4)
     n_rows = math.ceil(n_panels / n_columns)
-    # a single panel alone would be too narrow for its legend
-    width = _PANEL_IN[0] * n_columns if n_columns > 1 else 3.4
-    figure = Figure(figsize=(width, _PANEL_IN[1] * n_rows + 0.35), layout="constrained")
+    # A single panel has its legend beside it, others below.
+    size = (4.8, 2.4) if n_panels == 1 else (_PANEL_IN[0] * n_columns, _PANEL_IN[1] * n_rows + 0.35)
+    figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(n_rows, n_columns, squeeze=False, sharey=True)
     panels = [panel for row in grid for panel in row]
     scale = _Scale(x, [value for line in comparisons if (value := line.value(x.name)) is not None])
@@ -85,7 +85,7 @@ def _figure(saved: SavedSweep, comparisons: list[Comparison], x: Axis, y: Axis, 
             panel.set_xlabel(factor if factor is not None and i == 0 else x.label)
     for panel in panels[n_panels:]:
         panel.set_axis_off()
-    _legend(figure, saved, looks, chance if y.unit == "fraction" else None)
+    _legend(figure, saved, looks, chance if y.unit == "fraction" else None, beside=n_panels == 1)
     return figure
 
 
@@ -168,7 +168,7 @@ def _draw_cell(
     if not any(line.n_seeds for line in lines):
         panel.text(0.5, 0.5, "no finished run", transform=panel.transAxes, ha="center", va="center", color=_QUIET)
     scale.dress(panel)
-    panel.set_title(cell, loc="left", fontweight="bold")
+    panel.set_title("" if cell == "all" else cell, loc="left", fontweight="bold")
 
 
 def _draw_over_factor(
@@ -212,7 +212,7 @@ def _mark(panel: Axes, at: float, line: Comparison, y: Axis, look: Style, *, fil
     )
 
 
-def _legend(figure: Figure, saved: SavedSweep, looks: dict[str, Style], chance: float | None) -> None:
+def _legend(figure: Figure, saved: SavedSweep, looks: dict[str, Style], chance: float | None, *, beside: bool) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=looks[arm].color, marker=looks[arm].marker, markersize=5.5) for arm in saved.arms]
@@ -223,6 +223,9 @@ def _legend(figure: Figure, saved: SavedSweep, looks: dict[str, Style], chance: 
     if chance is not None:
         handles.append(Line2D([], [], color=_QUIET, linewidth=0.8, linestyle=":"))
         labels.append("chance")
+    if beside:
+        figure.legend(handles, labels, loc="outside right upper", frameon=False, handlelength=1.8)
+        return
     # about 0.062 in a letter at this size, and half an inch for the mark
     widest = 0.5 + 0.062 * max(len(label) for label in labels)
     n_columns = max(1, min(len(labels), int(figure.get_figwidth() / widest)))

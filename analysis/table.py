@@ -42,6 +42,9 @@ def print_comparison(
     for cell in saved.cells:
         here = [line for line in comparisons if line.cell == cell]
         console.print(cell_table(saved, cell, here, x=x, y=y))
+        for line in here:
+            if line.notes:
+                console.print(f"  {line.arm}: {'; '.join(line.notes)}", highlight=False, markup=False)
         if all_metrics:
             console.print(metrics_table(cell, here))
     better = {name: "higher" if axis(name, saved.metric).direction == "maximize" else "lower" for name in (x, y)}
@@ -72,9 +75,6 @@ def cell_table(saved: SavedSweep, cell: str, lines: list[Comparison], *, x: str,
     metric_as_x = [] if x.startswith("cost/") else [x]
     for name in metric_as_x:
         table.add_column(escape(name), justify="right", no_wrap=True)
-    noted = any(line.notes for line in lines)
-    if noted:
-        table.add_column("notes", overflow="fold")
     for line in lines:
         table.add_row(
             ("● " if line.pareto else "  ") + escape(line.arm),
@@ -82,7 +82,6 @@ def cell_table(saved: SavedSweep, cell: str, lines: list[Comparison], *, x: str,
             f"{line.n_seeds}/{line.n_planned}",
             *(_narrow(human(line.cost.get(name), axis(f"cost/{name}", saved.metric).unit)) for name, _ in columns),
             *(spread(line.metrics.get(name)) for name in metric_as_x),
-            *([escape("; ".join(line.notes))] if noted else []),
         )
     return table
 

@@ -18,6 +18,7 @@ from experiments.environment import environment, git_state
 from experiments.progress import Interrupted, OnProgress
 from experiments.records import (
     FINAL_OUTCOMES,
+    Outcome,
     RunIdentity,
     RunOutcome,
     finite,
@@ -73,12 +74,12 @@ def run_experiment(
     try:
         outcome = _train_and_measure(config, task, compute, folder, recorder, on_progress)
     except Interrupted:
-        outcome = RunOutcome("killed", "interrupted; the same command resumes it")
+        outcome = recorder.ended("killed", "interrupted; the same command resumes it")
     except torch.OutOfMemoryError as error:
-        outcome = RunOutcome("failed", f"out of memory: {error}")
+        outcome = recorder.ended("failed", f"out of memory: {error}")
     except Exception as error:  # noqa: BLE001  the boundary of a run: any failure is a result, kept with its reason
         traceback.print_exc()
-        outcome = RunOutcome("failed", f"{type(error).__name__}: {error}")
+        outcome = recorder.ended("failed", f"{type(error).__name__}: {error}")
     finally:
         recorder.close()
     if tracker is not None:
@@ -172,6 +173,7 @@ class _Recorder:
 
     def __init__(self, folder: Path, tracker: RunTracker | None) -> None:
         self.folder, self.tracker = folder, tracker
+        self.reached = (0, 0, 0.0)  # step, tokens, seconds of the last row
         self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115  closed by the run
 
     def drop_after(self, step: int) -> None:
@@ -188,12 +190,18 @@ class _Recorder:
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by the run
 
     def log(self, step: int, tokens: int, wall_s: float, values: dict[str, float]) -> None:
+        self.reached = (step, tokens, wall_s)
         time_ms = time.time_ns() // 1_000_000
         row = {"step": step, "tokens": tokens, "time_ms": time_ms, "wall_s": round(wall_s, 6), **finite(values)}
         self.file.write(json.dumps(row, allow_nan=False) + "\n")
         self.file.flush()
         if self.tracker is not None:
             self.tracker.log(values, step, time_ms)
+
+    def ended(self, outcome: Outcome, reason: str) -> RunOutcome:
+        """The outcome of a training that did not reach its end, as far as it came."""
+        step, tokens, wall_s = self.reached
+        return RunOutcome(outcome, reason, step, tokens, wall_s)
 
     @property
     def tracking_s(self) -> float:

@@ -147,7 +147,7 @@ def _print_plan(planned: Plan) -> None:
         values = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in tried)
         spread = f"between {space.ends()[0]:g} and {space.ends()[1]:g}" if not tried else values
         console.print(Text(f"tuned: {path} in {spread}, chosen on {sweep_config.metric.select}"))
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("arm", "pattern", "cells"):
         table.add_column(heading)
     for arm, pattern in planned.patterns.items():
@@ -167,18 +167,20 @@ def _print_status(status: SweepStatus) -> None:
     n_done = status.n_runs - status.n_missing
     running = "a driver is running it" if status.driver_runs else "no driver is running it"
     console.print(Text(f"{n_done} of {status.n_runs} runs have their result; {running}"))
-    table = Table(box=None, pad_edge=False)
+    console.print(Text(f"best {status.select} of the tuning runs, mean {status.report} of the seeds"))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("arm", "cell"):
         table.add_column(heading)
-    headings = ("runs", "finished", "running", "diverged", "failed", "missing")
-    for heading in (*headings, f"best {status.select}", f"mean {status.report}"):
-        table.add_column(heading, justify="right")
+    # Short enough for 80 columns.
+    for heading in ("done", "now", "div.", "fail", "miss", "best\nselect", "mean\nreport"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("chosen")
     for row in status.arm_cells:
-        counts = (row.n_runs, row.n_finished, row.n_running, row.n_diverged, row.n_failed, row.n_missing)
+        counts = [str(n or "-") for n in (row.n_running, row.n_diverged, row.n_failed, row.n_missing)]
         numbers = (number_text(row.best_select), number_text(row.mean_report))
         chosen = row.not_run or settings_text(row.settings or {})
-        table.add_row(*(Text(text) for text in (row.arm, row.cell, *(str(n or "-") for n in counts), *numbers, chosen)))
+        done = f"{row.n_finished}/{row.n_runs}"
+        table.add_row(*(Text(text) for text in (row.arm, row.cell, done, *counts, *numbers, chosen)))
     console.print(table)
     for failure in status.failures:
         where = f"{failure.arm} | {failure.cell} | {failure.role} seed {failure.seed} | {failure.key}"

@@ -26,7 +26,7 @@ from sweeps.events import Chosen, Note, RunEnded, RunProgress, RunRetried, RunSt
 from sweeps.executor import TARGET, Ended, Executor, ExecutorEvent, Job, LocalExecutor, Lost, Reported, Started
 from sweeps.live import View
 from sweeps.lock import driver_lock
-from sweeps.mirror import SweepMirror
+from sweeps.mirror import SweepMirror, open_store
 from sweeps.plan import Plan, PlannedRun, plan
 from sweeps.progress import ArmCellProgress
 from sweeps.resources import resources_for
@@ -95,6 +95,8 @@ def run_sweep(
         raise UserError(f"--workers: at least 1 is needed, got {n_workers}")
     planned = plan(sweep)
     folder = runs / sweep.name
+    if tracked:
+        open_store(runs)  # before anything else is created: a store that can't be used leaves no trace of the sweep
     with driver_lock(folder):
         mirror = SweepMirror.prepare(planned, runs) if tracked else None
         if retry_failed:

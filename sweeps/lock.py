@@ -21,7 +21,12 @@ PATIENCE_S = 0.5
 @contextmanager
 def driver_lock(folder: Path) -> Iterator[None]:
     """Hold the sweep's lock; :class:`UserError` names the process that holds it already."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: records can't be written there: {error.strerror}; choose another place with --runs"
+        ) from None
     with open(folder / LOCK_FILE, "a+", encoding="utf-8") as file:
         deadline = time.monotonic() + PATIENCE_S
         while not _try(file.fileno(), fcntl.LOCK_EX):

@@ -10,6 +10,13 @@ from experiments.paths import artifact_root, tracking_uri
 from sweeps.plan import Plan, PlannedRun
 
 
+def open_store(runs: Path) -> None:
+    """Make the store if it doesn't exist yet; :class:`UserError` where it can't be used."""
+    from experiments.tracking import prepare_store
+
+    prepare_store(tracking_uri(runs), artifact_root(runs))
+
+
 @dataclass
 class SweepMirror:
     """Where the runs of a sweep are mirrored."""
@@ -22,8 +29,8 @@ class SweepMirror:
 
     @classmethod
     def prepare(cls, plan: Plan, runs: Path) -> SweepMirror:
-        """Create what is missing; :class:`UserError` where the store can't be used."""
-        from experiments.tracking import ensure_experiment, ensure_parent, prepare_store
+        """Create what is missing in the store, which :func:`open_store` has made."""
+        from experiments.tracking import ensure_experiment, ensure_parent
 
         sweep, uri, root = plan.sweep, tracking_uri(runs), artifact_root(runs)
         tags = {
@@ -32,7 +39,6 @@ class SweepMirror:
             "mixlab.metric.report": sweep.metric.report,
             "mixlab.metric.direction": sweep.metric.direction,
         }
-        prepare_store(uri, root)
         experiment_id = ensure_experiment(uri, sweep.name, root, tags)
         parents = {
             (arm_cell.arm, arm_cell.cell): ensure_parent(
@@ -55,10 +61,10 @@ class SweepMirror:
 
     def catch_up(self) -> str:
         """Bring runs up to date that a worker could not mirror; returns what went wrong, in words, or nothing."""
-        from experiments.tracking import prepare_store, sync
+        from experiments.tracking import sync
 
         try:
-            prepare_store(self.uri, artifact_root(self.runs))  # a server that is gone says so at once
+            open_store(self.runs)  # a server that is gone says so at once
             sync(self.uri, self.experiment_id, self.runs, self.sweep)
         except UserError as error:
             return f"{error}; `mixlab sync {self.sweep}` catches up later"

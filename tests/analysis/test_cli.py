@@ -35,11 +35,11 @@ def run(runs: Path, *words: str) -> Result:
 def test_the_table_fits_100_columns_and_shows_every_arm(runs: Path) -> None:
     text = run(runs, "mqar_state").stdout
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 100
-    lines = [line for line in text.splitlines() if "/3" in line and " B " in line]
+    lines = [line for line in text.splitlines() if "/3 " in line]
     assert len(lines) == 18
     attention = next(line for line in lines if "attention" in line)
     assert attention.split()[0] == "●"
-    for part in ("256 KiB", "1 KiB", "566 k", "1.2 M", "3/3"):
+    for part in ("256KiB", "1KiB", "566k", "1.2M", "3/3"):
         assert part in attention
     assert "missing 1/3" in text
     assert "diverged" in text

@@ -84,7 +84,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(kind: str, tmp_path: Path) ->
                 raise Interrupted
 
         killed = run_experiment(config, who, tmp_path / "cut", on_progress=stop)
-        assert killed.outcome == "killed"
+        assert (killed.outcome, killed.step) == ("killed", stop_at)
         assert (tmp_path / "cut" / "test" / config.key() / "checkpoint.pt").is_file()
     resumed = run_experiment(config, who, tmp_path / "cut")
     assert resumed.outcome == "finished"
