@@ -2,9 +2,9 @@
 
     S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T,    y_t = S_t^T q_t,    g_t <= 0
 
-Shapes: q, k (B,T,H,K), v (B,T,H,V), log decays g (B,T,H) for one of each head, or (B,T,H,K) for one of each key
-channel, the state S (B,H,K,V), mask (B,T) bool. Log decays are finite. Padded tokens write nothing and forget
-nothing; their y is what the state answers.
+Shapes: q, k (B,T,H,K), v (B,T,H,V), the state S (B,H,K,V), mask (B,T) bool; finite log decays g: (B,T,H,K), one
+for each key channel, (B,T,H), one for each head, or (H,), the same at all tokens. Padded tokens write nothing and
+forget nothing; their y is what the state answers.
 
 Everything is computed in float32, or float64 for float64 inputs, whatever autocast says: rounding errors of the
 state stay in it.
@@ -54,6 +54,15 @@ def decay_attention(
     if q.shape[1] == 1:
         return decay_attention_recurrent(q, k, v, log_decay, state, mask)
     return decay_attention_chunked(q, k, v, log_decay, state, mask, chunk_size=chunk_size)
+
+
+def why_not_fla(dtype: torch.dtype, key_dim: int, value_dim: int) -> str:
+    """What fla's kernels lack for heads of these widths in this dtype; empty: nothing."""
+    if dtype == torch.float64:
+        return "float64"
+    if key_dim % 2 or value_dim % 2:
+        return f"odd widths of a head (keys of {key_dim}, values of {value_dim})"
+    return ""
 
 
 def decay_attention_recurrent(
@@ -119,6 +128,8 @@ def decay_attention_chunked(
 
 def masked_writes(k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """k, v and log decays with no write and no decay at padded tokens."""
+    if mask is not None and log_decay.ndim == 1:
+        log_decay = log_decay.expand(*k.shape[:2], -1)
     return zero_padding(k, mask), zero_padding(v, mask), zero_padding(log_decay, mask)
 
 
@@ -169,9 +180,11 @@ def _prepared(
 ) -> tuple[Tensor, ...]:
     """All at least float32, the log decays (B,T,H,1) or (B,T,H,K)."""
     wide = torch.promote_types(q.dtype, torch.float32)
+    k, v, log_decay = masked_writes(k, v, log_decay, mask)
+    if log_decay.ndim == 1:
+        log_decay = log_decay.expand(*k.shape[:2], -1)
     if log_decay.ndim == 3:
         log_decay = log_decay.unsqueeze(-1)
-    k, v, log_decay = masked_writes(k, v, log_decay, mask)
     q, k, v, log_decay = (x.to(wide) for x in (q, k, v, log_decay))
     if state is None:
         state = q.new_zeros(q.shape[0], q.shape[2], k.shape[-1], v.shape[-1])
@@ -183,12 +196,13 @@ def _fla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | Non
     from fla.ops.gla import chunk_gla, fused_recurrent_gla
     from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
 
-    by_head = log_decay.ndim == 3
+    by_head = log_decay.ndim < 4
     if q.shape[1] == 1 and not torch.is_grad_enabled():
         kernel = fused_recurrent_simple_gla if by_head else fused_recurrent_gla
     else:
         kernel = chunk_simple_gla if by_head else chunk_gla
-    decay_name = "gk" if kernel is fused_recurrent_gla else "g"
+    # A decay that is the same at all tokens gets no gradient, and needs no kernel that computes one.
+    decay_name = "g_gamma" if log_decay.ndim == 1 else "gk" if kernel is fused_recurrent_gla else "g"
     y, new_state = kernel(
         q=q.to(v.dtype),
         k=k.to(v.dtype),

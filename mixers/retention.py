@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mixers.base import Mixer, MixerOutput, Traits
-from mixers.decay_attention import decay_attention
+from mixers.decay_attention import decay_attention, why_not_fla
 from mixers.head_widths import HeadWidthsConfig
 from mixers.implementations import require_fla, resolve_fla
 from mixers.masking import zero_padding
@@ -65,7 +65,7 @@ class Retention(Mixer):
 
     ``impl``: ``reference`` computes chunks of tokens as masked products and hands the state from chunk to chunk;
     ``fla`` calls flash-linear-attention's Triton kernels on CUDA. ``auto`` takes fla on CUDA where it is installed,
-    except in float64.
+    except in float64 and for odd K or V.
 
     Raises:
         UserError: ``fla`` is asked for and can't run here; a mask of the wrong shape or dtype.
@@ -101,7 +101,7 @@ class Retention(Mixer):
     @property
     def impl(self) -> str:
         weight = self.q.weight
-        unsupported = "float64" if weight.dtype == torch.float64 else ""
+        unsupported = why_not_fla(weight.dtype, self.config.head_key_dim, self.config.head_value_dim)
         return resolve_fla(self.config.impl, weight.device, "mixer 'retention'", unsupported)
 
     def initial_state(self, batch_size: int, *, device: torch.device | str, dtype: torch.dtype) -> RetentionState:
@@ -133,7 +133,7 @@ class Retention(Mixer):
             position = position + x.shape[1]
         q = q * config.head_key_dim**-0.5
         wide = torch.promote_types(x.dtype, torch.float32)
-        log_decay = self._log_decay(x.device).to(wide).expand(x.shape[0], x.shape[1], -1)
+        log_decay = self._log_decay(x.device).to(wide)
 
         core = decay_attention(q, k, v, log_decay, state.memory, mask, impl=self.impl, chunk_size=config.chunk_size)
         heads = functional.layer_norm(core.y.to(wide), (config.head_value_dim,), eps=config.norm_eps).to(v.dtype)

@@ -28,6 +28,14 @@ OPTIONS = {
         {"n_heads": 2, "chunk_size": 4},
         {"chunk_size": 4, "conv_kernel": 0, "use_output_gate": False, "value_dim": 6},
     ],
+    "gla": [
+        {"n_heads": 2, "chunk_size": 4},
+        {"chunk_size": 4, "use_output_gate": False, "key_dim": 5, "value_dim": 6, "decay_temperature": 1.0},
+    ],
+    "hgrn2": [
+        {"n_heads": 2, "chunk_size": 4},
+        {"chunk_size": 4, "lower_bound": 0.5, "key_dim": 5, "value_dim": 6},
+    ],
     "retention": [
         {"n_heads": 2, "chunk_size": 4},
         {"chunk_size": 4, "rope": False, "use_output_gate": False, "key_dim": 5, "value_dim": 6},

@@ -111,6 +111,17 @@ def test_one_decay_for_all_channels_is_the_decay_of_the_head():
     assert_same(by_channel.state, by_head.state)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_decay_for_all_tokens_is_that_decay_at_each(masked):
+    q, k, v, log_decay, state = rule_inputs(13, (H,))
+    log_decay = log_decay[0, 0]
+    mask = torch.rand(B, 13) > 0.3 if masked else None
+    for rule in BOTH:
+        short, long = rule(q, k, v, log_decay, state, mask), rule(q, k, v, log_decay.expand(B, 13, H), state, mask)
+        assert torch.equal(short.y, long.y)
+        assert torch.equal(short.state, long.state)
+
+
 @by_head_and_by_channel
 def test_half_precision_inputs_are_computed_in_float32_even_under_autocast(decay_shape):
     inputs = [x.detach().bfloat16() for x in rule_inputs(9, decay_shape)]
@@ -124,12 +135,15 @@ def test_half_precision_inputs_are_computed_in_float32_even_under_autocast(decay
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels run on CUDA only")
-@by_head_and_by_channel
+@pytest.mark.parametrize("by_channel", [False, True])
 @pytest.mark.parametrize("n_tokens", [1, 63, 130])
 @pytest.mark.parametrize("decay", [0.3, 50.0])
-def test_fla_equals_the_reference(decay_shape, n_tokens, decay):
+def test_fla_equals_the_reference(by_channel, n_tokens, decay):
     pytest.importorskip("triton")
-    inputs = [x.detach().float().cuda() for x in rule_inputs(n_tokens, decay_shape, decay=decay)]
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, B, n_tokens, H, 32, device="cuda")
+    log_decay = -decay * torch.rand(B, n_tokens, *((H, 32) if by_channel else (H,)), device="cuda")
+    inputs = [q, k, v, log_decay, torch.randn(B, H, 32, 32, device="cuda")]
     mask = torch.arange(n_tokens, device="cuda").expand(B, -1) >= min(3, n_tokens - 1)
     results = []
     for impl in ("reference", "fla"):
