@@ -36,6 +36,10 @@ OPTIONS = {
         {"n_heads": 2, "chunk_size": 4},
         {"chunk_size": 4, "lower_bound": 0.5, "key_dim": 5, "value_dim": 6},
     ],
+    "mamba2": [
+        {"n_heads": 4, "n_groups": 2, "key_dim": 6, "chunk_size": 4},
+        {"conv_kernel": 0, "key_dim": 5, "expand": 0.5, "chunk_size": 4},
+    ],
     "retention": [
         {"n_heads": 2, "chunk_size": 4},
         {"chunk_size": 4, "rope": False, "use_output_gate": False, "key_dim": 5, "value_dim": 6},
