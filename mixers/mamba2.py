@@ -37,7 +37,7 @@ class Mamba2Config(MixerConfig):
     expand: float = Field(2.0, gt=0, description="inner width H V / d_model")
     conv_kernel: int = Field(4, ge=0, description="taps of the short convolution on values, keys, queries; 0: none")
     norm_eps: float = Field(1e-5, gt=0)
-    chunk_size: int = Field(64, gt=0, description="tokens handled as one masked product; changes speed only")
+    chunk_size: int = Field(32, gt=0, description="tokens handled as one masked product; changes speed only")
     impl: Literal["auto", "reference", "fla"] = "auto"
 
     @model_validator(mode="after")

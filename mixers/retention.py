@@ -36,7 +36,7 @@ class RetentionConfig(HeadWidthsConfig):
     rope_base: float = Field(10_000.0, gt=1)
     use_output_gate: bool = True
     norm_eps: float = Field(1e-5, gt=0)
-    chunk_size: int = Field(64, gt=0, description="tokens handled as one masked product; changes speed only")
+    chunk_size: int = Field(32, gt=0, description="tokens handled as one masked product; changes speed only")
     impl: Literal["auto", "reference", "fla"] = "auto"
 
     @model_validator(mode="after")
