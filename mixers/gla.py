@@ -115,7 +115,7 @@ class GatedLinearAttention(Mixer):
         mask: Tensor | None = None,
     ) -> MixerOutput:
         config = self.config
-        x = zero_padding(x, mask)
+        x = zero_padding(x, mask)  # no projection but that of the decay has a bias: padded tokens stay zero
         q = self.q(x).unflatten(-1, (-1, config.head_key_dim)) * config.head_key_dim**-0.5
         k = self.k(x).unflatten(-1, (-1, config.head_key_dim))
         v = self.v(x).unflatten(-1, (-1, config.head_value_dim))
@@ -128,7 +128,7 @@ class GatedLinearAttention(Mixer):
         heads = self.norm(core.y.to(v.dtype))
         if self.gate is not None:
             heads = heads * functional.silu(self.gate(x).view_as(heads))
-        y = zero_padding(self.out(heads.flatten(2)), mask)
+        y = self.out(heads.flatten(2))
         return MixerOutput(y, GatedLinearAttentionState(core.state) if return_state else None, {})
 
     def flops_per_token(self, context: int) -> float:

@@ -99,7 +99,7 @@ class HGRN2(Mixer):
         self, x: Tensor, state: HGRN2State | None = None, *, return_state: bool = False, mask: Tensor | None = None
     ) -> MixerOutput:
         config = self.config
-        x = zero_padding(x, mask)
+        x = zero_padding(x, mask)  # no projection has a bias: a padded token stays zero to the end
         q = functional.silu(self.q(x)).unflatten(-1, (-1, config.head_key_dim))
         v = self.v(x).unflatten(-1, (-1, config.head_value_dim))
         k, log_decay = self._gates(x)
@@ -108,7 +108,7 @@ class HGRN2(Mixer):
         core = decay_attention(
             q, k.view_as(q), v, log_decay.view_as(q), memory, mask, impl=self.impl, chunk_size=config.chunk_size
         )
-        y = zero_padding(self.out(self.norm(core.y.to(v.dtype).flatten(2))), mask)
+        y = self.out(self.norm(core.y.to(v.dtype).flatten(2)))
         return MixerOutput(y, HGRN2State(core.state) if return_state else None, {})
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:

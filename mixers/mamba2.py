@@ -134,12 +134,12 @@ class Mamba2(Mixer):
         self, x: Tensor, state: Mamba2State | None = None, *, return_state: bool = False, mask: Tensor | None = None
     ) -> MixerOutput:
         config = self.config
-        x = zero_padding(x, mask)
+        x = zero_padding(x, mask)  # no projection has a bias: the gate of a padded token, and so its y, is zero
         past = Mamba2State(None, None) if state is None else state
         if self.conv is None:
             mixed, conv = functional.silu(self.vkq(x)), None
         else:
-            mixed, conv = self.conv(self.vkq(x), past.conv, mask)
+            mixed, conv = self.conv(self.vkq(x), past.conv)
         v, k, q = mixed.split(self.widths, dim=-1)
         v = v.unflatten(-1, (config.n_heads, -1))
         k, q = (part.unflatten(-1, (config.n_groups, -1)) for part in (k, q))
@@ -149,7 +149,7 @@ class Mamba2(Mixer):
         inputs = (step.unsqueeze(-1) * v).to(v.dtype)
         core = decay_attention(q, k, inputs, log_decay, past.memory, mask, impl=self.impl, chunk_size=config.chunk_size)
         heads = core.y.to(v.dtype) + self.D.to(v.dtype).unsqueeze(-1) * v
-        y = zero_padding(self.out(self.norm(heads.flatten(2) * functional.silu(self.gate(x)))), mask)
+        y = self.out(self.norm(heads.flatten(2) * functional.silu(self.gate(x))))
         return MixerOutput(y, Mamba2State(conv, core.state) if return_state else None, {})
 
     def _steps(self, x: Tensor) -> tuple[Tensor, Tensor]:

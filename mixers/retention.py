@@ -120,7 +120,7 @@ class Retention(Mixer):
         mask: Tensor | None = None,
     ) -> MixerOutput:
         config = self.config
-        x = zero_padding(x, mask)
+        x = zero_padding(x, mask)  # no projection has a bias: a padded token stays zero to the end
         if state is None:
             state = self.initial_state(x.shape[0], device=x.device, dtype=x.dtype)
         q, k = (linear(x).unflatten(-1, (-1, config.head_key_dim)) for linear in (self.q, self.k))
@@ -139,7 +139,7 @@ class Retention(Mixer):
         heads = functional.layer_norm(core.y.to(wide), (config.head_value_dim,), eps=config.norm_eps).to(v.dtype)
         if self.gate is not None:
             heads = heads * functional.silu(self.gate(x).view_as(heads))
-        y = zero_padding(self.out(heads.flatten(2)), mask)
+        y = self.out(heads.flatten(2))
         return MixerOutput(y, RetentionState(core.state, position) if return_state else None, {})
 
     def _log_decay(self, device: torch.device) -> Tensor:

@@ -55,13 +55,14 @@ def test_very_strong_decay_stays_finite_with_gradients():
     assert_same(y, torch.cat([layer(x[:, t : t + 1]).y for t in range(21)], dim=1), atol=1e-5)  # nothing is kept
 
 
-def test_padded_outputs_are_zero_and_gradients_finite():
-    layer = build()
+@pytest.mark.parametrize("use_output_gate", [True, False])
+def test_padded_outputs_are_zero_and_gradients_finite(use_output_gate):
+    layer = build(use_output_gate=use_output_gate)
     x = torch.full((2, 6, 16), float("nan"), dtype=torch.float64)
-    x[0, 4:] = 1.0
+    x[0, 2:4] = 1.0
     x.requires_grad_()
     mask = torch.zeros(2, 6, dtype=torch.bool)
-    mask[0, 4:] = True
+    mask[0, 2:4] = True
     y = layer(x, mask=mask).y
     assert torch.isfinite(y).all()
     assert (y[~mask] == 0).all()

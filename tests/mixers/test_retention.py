@@ -60,13 +60,14 @@ def test_far_positions_keep_their_precision():
     assert_same(far, layer(x).y, atol=1e-4)
 
 
-def test_padded_outputs_are_zero_and_gradients_finite():
-    layer = build()
+@pytest.mark.parametrize("use_output_gate", [True, False])
+def test_padded_outputs_are_zero_and_gradients_finite(use_output_gate):
+    layer = build(use_output_gate=use_output_gate)
     x = torch.full((2, 6, 16), float("nan"), dtype=torch.float64)
-    x[0, 4:] = 1.0
+    x[0, 2:4] = 1.0
     x.requires_grad_()
     mask = torch.zeros(2, 6, dtype=torch.bool)
-    mask[0, 4:] = True
+    mask[0, 2:4] = True
     y = layer(x, mask=mask).y
     assert torch.isfinite(y).all()
     assert (y[~mask] == 0).all()
