@@ -10,8 +10,8 @@ Everything is computed in float32, or float64 for float64 inputs, whatever autoc
 state stay in it.
 
 Source: Sun et al., RetNet, arXiv:2307.08621 (fixed decays); Yang et al., GLA, arXiv:2312.06635 (a decay for each
-channel); Dao and Gu, Mamba-2, arXiv:2405.21060 (a decay for each head). GLA divides by e^{G_s} within its
-sub-chunks; ours halves chunks down to single tokens, so that no exponent is above zero.
+channel); Dao and Gu, Mamba-2, arXiv:2405.21060 (a decay for each head). GLA cuts chunks once more and
+treats the pieces on the diagonal element by element; ours halves chunks down to single tokens, in products of matrices.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def decay_attention(
         UserError: the mask is not bool of shape (B,T).
     """
     if impl == "fla" and q.shape[1] > 0:
-        return _fla(q, *masked_writes(k, v, log_decay, mask), state)
+        return _fla(q, *_masked_writes(k, v, log_decay, mask), state)
     if q.shape[1] == 1:
         return decay_attention_recurrent(q, k, v, log_decay, state, mask)
     return decay_attention_chunked(q, k, v, log_decay, state, mask, chunk_size=chunk_size)
@@ -93,7 +93,7 @@ def decay_attention_chunked(
     state: Tensor | None = None,
     mask: Tensor | None = None,
     *,
-    chunk_size: int = 64,
+    chunk_size: int = 32,
 ) -> DecayAttentionOutput:
     """Chunks of C tokens: the same numbers, from products of matrices.
 
@@ -126,7 +126,7 @@ def decay_attention_chunked(
     return DecayAttentionOutput(join_chunks(y, n_tokens), state)
 
 
-def masked_writes(k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _masked_writes(k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """k, v and log decays with no write and no decay at padded tokens."""
     if mask is not None and log_decay.ndim == 1:
         log_decay = log_decay.expand(*k.shape[:2], -1)
@@ -180,7 +180,7 @@ def _prepared(
 ) -> tuple[Tensor, ...]:
     """All at least float32, the log decays (B,T,H,1) or (B,T,H,K)."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    k, v, log_decay = masked_writes(k, v, log_decay, mask)
+    k, v, log_decay = _masked_writes(k, v, log_decay, mask)
     if log_decay.ndim == 1:
         log_decay = log_decay.expand(*k.shape[:2], -1)
     if log_decay.ndim == 3:

@@ -63,7 +63,7 @@ class GatedLinearAttention(Mixer):
 
     Config = GatedLinearAttentionConfig
     traits = Traits(state_growth="constant")
-    family = "gated linear attention"
+    family = "gated recurrence"
     source = "arXiv:2312.06635"
     config: GatedLinearAttentionConfig
 

@@ -61,7 +61,7 @@ class HGRN2(Mixer):
 
     Config = HGRN2Config
     traits = Traits(state_growth="constant")
-    family = "gated linear attention"
+    family = "gated recurrence"
     source = "arXiv:2404.07904"
     config: HGRN2Config
 

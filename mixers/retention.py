@@ -77,7 +77,7 @@ class Retention(Mixer):
 
     Config = RetentionConfig
     traits = Traits(state_growth="constant")
-    family = "gated linear attention"
+    family = "gated recurrence"
     source = "arXiv:2307.08621"
     config: RetentionConfig
 
