@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mixers.chunk_decays import chunk_decays
 from mixers.chunking import chunk_plan, join_chunks, split_chunks
 
 
@@ -83,14 +84,7 @@ def gated_delta_rule_chunked(
         q, k, v, beta, log_decay = (split_chunks(x, *plan) for x in (q, k, v, beta, log_decay))  # (B,H,n,C,...)
         beta = beta.unsqueeze(-1)
 
-        # Summed in float64: after one strong decay, differences of float32 sums would lose the mild ones.
-        total = log_decay.double().cumsum(-1)
-        between = (total.unsqueeze(-1) - total.unsqueeze(-2)).to(q.dtype)  # (B,H,n,C,C)
-        later = torch.ones(between.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        decay = between.masked_fill(later, float("-inf")).exp()
-        since_start = total.to(q.dtype).exp().unsqueeze(-1)
-        to_end = (total[..., -1:] - total).to(q.dtype).exp().unsqueeze(-1)
-
+        decay, since_start, to_end = chunk_decays(log_decay)
         keys = k.transpose(-1, -2)
         system = (beta * decay * (k @ keys)).tril(-1)  # L; the solver takes its diagonal as ones
         chunks = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple, Self
 
 import torch
@@ -18,10 +17,8 @@ from mixers.masking import zero_padding
 from mixers.norms import RMSNorm
 from mixers.registry import register
 from mixers.short_conv import ShortConv
+from mixers.time_steps import reset_decay
 
-# Range of the decay rates A and of the time steps softplus(dt_bias) at the start, as in Mamba-2.
-DECAY_RATE_RANGE = (1.0, 16.0)
-TIME_STEP_RANGE = (1e-3, 1e-1)
 # Widest key that fla's chunk kernel takes.
 FLA_MAX_KEY_DIM = 256
 L2_EPS = 1e-6
@@ -133,11 +130,7 @@ class GatedDeltaNet(Mixer):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
             else:
                 module.reset_parameters()
-        with torch.no_grad():
-            nn.init.uniform_(self.A_log, *DECAY_RATE_RANGE).log_()
-            shortest, longest = (math.log(step) for step in TIME_STEP_RANGE)
-            step = nn.init.uniform_(self.dt_bias, shortest, longest).exp()
-            self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) = step
+        reset_decay(self.A_log, self.dt_bias)
 
     def parameter_options(self) -> dict[str, ParameterOptions]:
         """Decay rates and time steps have their own scale: weight decay would drag them to another one."""

@@ -28,6 +28,22 @@ OPTIONS = {
         {"n_heads": 2, "chunk_size": 4},
         {"chunk_size": 4, "conv_kernel": 0, "use_output_gate": False, "value_dim": 6},
     ],
+    "gla": [
+        {"n_heads": 2, "chunk_size": 4},
+        {"chunk_size": 4, "use_output_gate": False, "key_dim": 5, "value_dim": 6, "decay_temperature": 1.0},
+    ],
+    "hgrn2": [
+        {"n_heads": 2, "chunk_size": 4},
+        {"chunk_size": 4, "lower_bound": 0.5, "key_dim": 5, "value_dim": 6},
+    ],
+    "mamba2": [
+        {"n_heads": 4, "n_groups": 2, "key_dim": 6, "chunk_size": 4},
+        {"conv_kernel": 0, "key_dim": 5, "expand": 0.5, "chunk_size": 4},
+    ],
+    "retention": [
+        {"n_heads": 2, "chunk_size": 4},
+        {"chunk_size": 4, "rope": False, "use_output_gate": False, "key_dim": 5, "value_dim": 6},
+    ],
     "pkm": [{"n_subkeys": 8, "n_heads": 2, "key_dim": 8, "value_dim": 8, "top_k": 4}],
     "fwpkm": [
         {"n_subkeys": 8, "key_dim": 8, "value_dim": 8, "top_k": 4, "chunk_size": 8},
