@@ -34,7 +34,7 @@ def diagnose(runs: Path | None = None) -> dict[str, Any]:
         devices = present_devices()
         usable = [device["name"] for device in devices if device["error"] is None]
         mixers = implementations(usable)
-        missing = missing_kernels(any(name.startswith("cuda") for name in usable))
+        missing = missing_cuda() + missing_kernels(any(name.startswith("cuda") for name in usable))
     store = tracking_store(runs) if packages.get("mlflow") is not None else None
     broken += [f"device {device['name']}: {device['error']}" for device in devices if device["error"]]
     broken += [f"mixer {mixer['name']!r}: {mixer['error']}" for mixer in mixers if mixer["error"]]
@@ -145,6 +145,20 @@ def implementations(devices: list[str]) -> list[dict[str, Any]]:
         rows.append(row)
     rows += [{"name": name, "impl": {}, "error": why} for name, why in registry.problems().items()]
     return rows
+
+
+def missing_cuda() -> list[dict[str, Any]]:
+    """An entry when there is an NVIDIA driver, and a torch that was built without CUDA."""
+    import torch
+
+    if torch.version.cuda is not None or shutil.which("nvidia-smi") is None:
+        return []
+    # The build on PyPI is the one with CUDA on Linux; the local part of the version (+cpu) names the other.
+    version = torch.__version__.partition("+")[0]
+    command = f"pip install --force-reinstall --index-url https://pypi.org/simple torch=={version}"
+    return [
+        {"packages": ["CUDA in torch"], "serves": "every mixer on the GPU", "command": command, "useful_here": True}
+    ]
 
 
 def missing_kernels(has_gpu: bool) -> list[dict[str, Any]]:

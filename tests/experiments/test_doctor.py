@@ -139,6 +139,21 @@ def test_missing_kernels_name_the_command(monkeypatch: pytest.MonkeyPatch) -> No
     assert doctor.missing_kernels(has_gpu=True) == []
 
 
+@pytest.mark.parametrize(
+    ("built_for", "driver", "n_entries"),
+    [(None, "/usr/bin/nvidia-smi", 1), ("12.8", "/usr/bin/nvidia-smi", 0), (None, None, 0)],
+)
+def test_a_gpu_that_torch_cannot_use_is_told(
+    monkeypatch: pytest.MonkeyPatch, built_for: str | None, driver: str | None, n_entries: int
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: driver)
+    entries = doctor.missing_cuda()
+    assert len(entries) == n_entries
+    version = torch.__version__.partition("+")[0]
+    assert all(entry["command"].endswith(f" torch=={version}") for entry in entries)
+
+
 def test_a_device_that_does_not_compute_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.device_error("cpu") is None
     monkeypatch.setattr(torch, "ones", lambda *size, device: torch.full(size, 2.0, device=device))
