@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from experiments.doctor_cli import doctor
 from mixers.cli import json_option, load_plugins, plugin_option
 
 if TYPE_CHECKING:
@@ -233,4 +234,4 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
     Console().print(table)
 
 
-commands = [train, evaluate, sync]
+commands = [train, evaluate, sync, doctor]

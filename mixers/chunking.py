@@ -26,3 +26,14 @@ def split_chunks(x: Tensor, n_chunks: int, length: int) -> Tensor:
 def join_chunks(x: Tensor, n_tokens: int) -> Tensor:
     """(B,H,n,C,V) -> (B,T,H,V), without what lies behind the last token."""
     return x.movedim(1, 3).flatten(1, 2)[:, :n_tokens]
+
+
+def chunk_spans(n_waiting: int, n_tokens: int, chunk_size: int) -> list[tuple[int, int]]:
+    """(start, stop) of the runs of new tokens that share a chunk, when ``n_waiting`` < C came in earlier calls.
+
+    2 tokens waiting, 7 new ones, C = 4: (0,2), (2,6), (6,7). Only the last span may leave its chunk unfinished.
+    """
+    if n_tokens == 0:
+        return []
+    starts = [0, *range(chunk_size - n_waiting, n_tokens, chunk_size)]
+    return list(zip(starts, [*starts[1:], n_tokens], strict=True))

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from mixers.scaffold_cli import new
+
 REFERENCE_WIDTH = 64
 REFERENCE_TOKENS = 512
 
@@ -110,4 +112,4 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-commands = [mixers_command]
+commands = [mixers_command, new]

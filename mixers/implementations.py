@@ -20,6 +20,8 @@ def _missing(*packages: str) -> tuple[str, ...]:
 # Looked up once, without importing them: constants, so that torch.compile can trace through what reads them.
 FLA_MISSING = _missing("fla", "triton")
 FLASH_ATTN_MISSING = _missing("flash_attn")
+FLA_INSTALL = "pip install 'flash-linear-attention>=0.6,<0.7' triton"
+FLASH_ATTN_INSTALL = "pip install 'mixlab[gpu]'"
 
 
 def require_fla(place: str) -> None:
@@ -27,7 +29,7 @@ def require_fla(place: str) -> None:
     if FLA_MISSING:
         raise UserError(
             f"{place}: impl='fla' needs the package {' and '.join(FLA_MISSING)}, not installed here; "
-            "on Linux with an NVIDIA GPU: pip install 'flash-linear-attention>=0.6,<0.7' triton; else impl='reference'"
+            f"on Linux with an NVIDIA GPU: {FLA_INSTALL}; else impl='reference'"
         )
 
 
@@ -36,7 +38,7 @@ def require_flash_attn(place: str) -> None:
     if FLASH_ATTN_MISSING:
         raise UserError(
             f"{place}: impl='flash_attn' needs the package flash_attn, not installed here; "
-            "on Linux with an NVIDIA GPU: pip install 'mixlab[gpu]'; else impl='sdpa'"
+            f"on Linux with an NVIDIA GPU: {FLASH_ATTN_INSTALL}; else impl='sdpa'"
         )
 
 

@@ -90,6 +90,33 @@ def ensure_parent(
         return run.info.run_id
 
 
+def probe_store(uri: str) -> str:
+    """How the store at ``uri`` stands, in words, after asking it; creates and changes nothing.
+
+    Raises UserError for a URI that names no store, one that can't be reached, and a file or folder that can't be
+    written.
+    """
+    kind = _scheme(uri)
+    if kind in SERVER_SCHEMES:
+        _check_server(uri)
+        return "server answers"
+    if kind != "sqlite":
+        with store_errors(uri, WAY_OUT):
+            _check_database(uri)
+        return "database answers"
+    path = sqlite_path(uri)
+    assert path is not None
+    if path.is_dir():
+        raise UserError(f"tracking store {uri}: is a folder; name a file in it")
+    if path.exists():
+        _check_takes_writing(uri, path)
+        return "exists and takes writing"
+    folder = next(folder for folder in path.resolve().parents if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"tracking store {uri}: can't be created, as {folder} can't be written; {WAY_OUT}")
+    return "will be created by the first run"
+
+
 def sqlite_path(uri: str) -> Path | None:
     """The file of a SQLite URI, None for other kinds of store."""
     if _scheme(uri) != "sqlite":
@@ -152,6 +179,12 @@ def _prepare_sqlite(uri: str, artifact_root: str) -> None:
 
 
 def _check_sqlite_file(uri: str, path: Path, artifact_root: str) -> None:
+    _check_takes_writing(uri, path)
+    with store_errors(uri, f"move the file away or {WAY_OUT}"):
+        _create_tables(uri, artifact_root)
+
+
+def _check_takes_writing(uri: str, path: Path) -> None:
     try:
         connection = sqlite3.connect(path, timeout=REACH_TIMEOUT_S)
         try:
@@ -162,8 +195,6 @@ def _check_sqlite_file(uri: str, path: Path, artifact_root: str) -> None:
             connection.close()
     except sqlite3.Error as error:
         raise UserError(f"tracking store {uri}: {error}; {WAY_OUT}") from None
-    with store_errors(uri, f"move the file away or {WAY_OUT}"):
-        _create_tables(uri, artifact_root)
 
 
 def _create_sqlite_file(path: Path, artifact_root: str) -> None:

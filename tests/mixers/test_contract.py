@@ -49,6 +49,11 @@ OPTIONS = {
         {"n_subkeys": 8, "key_dim": 8, "value_dim": 8, "top_k": 4, "chunk_size": 8},
         {"n_subkeys": 8, "key_dim": 8, "value_dim": 8, "top_k": 4, "chunk_size": 8, "scope": "shared"},
     ],
+    "fast_mlp": [
+        {"n_heads": 2, "hidden_dim": 6, "chunk_size": 8},
+        {"chunk_size": 4, "lookahead": 0, "momentum": 0.9, "normalise": True, "lr": 1.0},
+    ],
+    "ttt": [{"n_heads": 2, "chunk_size": 8}, {"chunk_size": 4, "base_lr": 4.0}],
 }
 # Exceptions, each with its reason; one that no longer holds fails its check.
 NAN_SPREADS = {"softmax": "all queries of a call share one product with the values, and 0 * NaN is NaN"}
