@@ -28,6 +28,10 @@ OPTIONS = {
         {"n_heads": 2, "chunk_size": 4},
         {"chunk_size": 4, "conv_kernel": 0, "use_output_gate": False, "value_dim": 6},
     ],
+    "delta_net": [
+        {"n_heads": 2, "chunk_size": 4},
+        {"chunk_size": 4, "conv_kernel": 0, "value_dim": 6, "negative_eigenvalues": True},
+    ],
     "pkm": [{"n_subkeys": 8, "n_heads": 2, "key_dim": 8, "value_dim": 8, "top_k": 4}],
     "fwpkm": [
         {"n_subkeys": 8, "key_dim": 8, "value_dim": 8, "top_k": 4, "chunk_size": 8},
