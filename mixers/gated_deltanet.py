@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mixers.base import Mixer, MixerOutput, ParameterOptions, Traits
+from mixers.decay_gates import reset_decay_rates, reset_time_steps
 from mixers.delta_heads import DeltaHeadsConfig, convolved, unit_length
 from mixers.delta_rule import gated_delta_rule, unsupported_by_fla
 from mixers.implementations import require_fla, resolve_fla
@@ -17,10 +17,6 @@ from mixers.masking import zero_padding
 from mixers.norms import RMSNorm
 from mixers.registry import register
 from mixers.short_conv import ShortConv
-
-# Range of the decay rates A and of the time steps softplus(dt_bias) at the start, as in Mamba-2.
-DECAY_RATE_RANGE = (1.0, 16.0)
-TIME_STEP_RANGE = (1e-3, 1e-1)
 
 
 class GatedDeltaNetState(NamedTuple):
@@ -97,11 +93,8 @@ class GatedDeltaNet(Mixer):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
             else:
                 module.reset_parameters()
-        with torch.no_grad():
-            nn.init.uniform_(self.A_log, *DECAY_RATE_RANGE).log_()
-            shortest, longest = (math.log(step) for step in TIME_STEP_RANGE)
-            step = nn.init.uniform_(self.dt_bias, shortest, longest).exp()
-            self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) = step
+        reset_decay_rates(self.A_log)
+        reset_time_steps(self.dt_bias)
 
     def parameter_options(self) -> dict[str, ParameterOptions]:
         """Decay rates and time steps have their own scale: weight decay would drag them to another one."""

@@ -32,6 +32,10 @@ OPTIONS = {
         {"n_heads": 2, "chunk_size": 4},
         {"chunk_size": 4, "conv_kernel": 0, "value_dim": 6, "negative_eigenvalues": True},
     ],
+    "kda": [
+        {"n_heads": 2, "chunk_size": 4},
+        {"chunk_size": 4, "conv_kernel": 0, "value_dim": 6, "gate_rank": 3},
+    ],
     "pkm": [{"n_subkeys": 8, "n_heads": 2, "key_dim": 8, "value_dim": 8, "top_k": 4}],
     "fwpkm": [
         {"n_subkeys": 8, "key_dim": 8, "value_dim": 8, "top_k": 4, "chunk_size": 8},

@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from mixers import registry
 from mixers.errors import UserError
+from tests.mixers.fla_equality import assert_fla_equals_reference
 
 
 def build(**options):
@@ -114,19 +115,4 @@ def test_fla_without_a_gpu_is_an_error_with_the_way_out():
 @pytest.mark.parametrize("n_tokens", [1, 63, 130])
 def test_fla_equals_the_reference(n_tokens):
     pytest.importorskip("triton")
-    options = {"d_model": 64, "n_heads": 2}
-    reference = registry.build("delta_net", {**options, "impl": "reference"}).cuda()
-    fla = registry.build("delta_net", {**options, "impl": "fla"}).cuda()
-    fla.load_state_dict(reference.state_dict())
-    x = torch.randn(2, n_tokens, 64, device="cuda")
-    mask = torch.arange(n_tokens, device="cuda").expand(2, -1) >= min(3, n_tokens - 1)
-    with torch.no_grad():
-        start = reference(torch.randn(2, 5, 64, device="cuda"), return_state=True).state
-    results = []
-    for layer in (reference, fla):
-        leaf = x.clone().requires_grad_()
-        out = layer(leaf, start, mask=mask, return_state=True)
-        out.y.square().sum().backward()
-        results.append((out.y, out.state.memory, leaf.grad))
-    for want, got in zip(*results, strict=True):
-        assert (got - want).norm() <= 1e-2 * want.norm()
+    assert_fla_equals_reference("delta_net", n_tokens)

@@ -55,7 +55,7 @@ def test_an_installed_package_adds_its_mixer_and_a_broken_one_harms_nobody(tmp_p
 def test_unknown_names_list_the_near_matches() -> None:
     with pytest.raises(UserError, match="unknown mixer 'gated_deltanett'; did you mean 'gated_deltanet'"):
         registry.get("gated_deltanett")
-    with pytest.raises(UserError, match="unknown mixer 'zzz'; known: .*fwpkm, .*gated_deltanet"):
+    with pytest.raises(UserError, match=r"unknown mixer 'zzz'; known: .*fwpkm, .*gated_deltanet"):
         registry.get("zzz")
 
 
