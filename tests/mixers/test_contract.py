@@ -40,6 +40,7 @@ OPTIONS = {
         {"n_heads": 2, "chunk_size": 4},
         {"chunk_size": 4, "decay_rank": 3, "rate_rank": 2, "gate_rank": 5},
     ],
+    "short_conv": [{}, {"kernel": 5, "inner_dim": 6}],
     "pkm": [{"n_subkeys": 8, "n_heads": 2, "key_dim": 8, "value_dim": 8, "top_k": 4}],
     "fwpkm": [
         {"n_subkeys": 8, "key_dim": 8, "value_dim": 8, "top_k": 4, "chunk_size": 8},
