@@ -41,6 +41,10 @@ OPTIONS = {
         {"chunk_size": 4, "decay_rank": 3, "rate_rank": 2, "gate_rank": 5},
     ],
     "short_conv": [{}, {"kernel": 5, "inner_dim": 6}],
+    "based": [
+        {"n_heads": 2, "key_dim": 4, "window": 4, "chunk_size": 4},
+        {"n_heads": 4, "key_dim": 3, "window": 3, "chunk_size": 4, "combine": "split", "n_window_heads": 1},
+    ],
     "pkm": [{"n_subkeys": 8, "n_heads": 2, "key_dim": 8, "value_dim": 8, "top_k": 4}],
     "fwpkm": [
         {"n_subkeys": 8, "key_dim": 8, "value_dim": 8, "top_k": 4, "chunk_size": 8},
@@ -48,7 +52,10 @@ OPTIONS = {
     ],
 }
 # Exceptions, each with its reason; one that no longer holds fails its check.
-NAN_SPREADS = {"softmax": "all queries of a call share one product with the values, and 0 * NaN is NaN"}
+NAN_SPREADS = {
+    "softmax": "all queries of a call share one product with the values, and 0 * NaN is NaN",
+    "based": "its window is softmax attention",
+}
 NO_GRADIENT: dict[str, dict[str, str]] = {}  # mixer -> parameter -> reason
 
 
