@@ -105,30 +105,23 @@ def dplr_chunked(
         columns = b.unsqueeze(3) if k is None else torch.stack([b, split_chunks(k, *plan)], dim=3)
         chunk = chunk_scores(q, a, columns, log_decay.exp())
 
-        read_b, answer_b = chunk.scores[..., 0, :, 0, :], chunk.scores[..., 1, :, 0, :]
+        # unbind, here and below, not indices: the gradient of n slices would be n tensors as large as the whole.
+        (read_b, *read_k), (answer_b, *answer_k) = (part.unbind(-2) for part in chunk.scores.unbind(3))
+        rows_q, rows_a = chunk.rows.unbind(3)
+        columns_b, *columns_k = chunk.columns.transpose(-1, -2).unbind(3)
         forced, direct, written = v, None, None
         if k is not None:
-            forced = chunk.scores[..., 1, :, 1, :] @ v
-            direct = chunk.scores[..., 0, :, 1, :] @ v
-            written = chunk.columns[..., 1, :, :].transpose(-1, -2) @ v
-        parts = (
-            chunk.rows[..., 0, :, :],
-            chunk.rows[..., 1, :, :],
-            chunk.columns[..., 0, :, :].transpose(-1, -2),
-            -answer_b,
-            read_b,
-            forced,
-            chunk.whole.squeeze(-3).transpose(-1, -2),
-        )
+            forced, direct, written = answer_k[0] @ v, read_k[0] @ v, (columns_k[0] @ v).unbind(2)
+        whole = chunk.whole.squeeze(-3).transpose(-1, -2)
+        parts = (rows_q, rows_a, columns_b, -answer_b, read_b, forced, whole)
         ys = []
-        # unbind, not indices: the gradient of n slices would be n tensors as large as the whole.
         per_chunk = zip(*(x.unbind(2) for x in parts), strict=True)
         for n, (q_n, a_n, b_n, system_n, read_n, forced_n, whole_n) in enumerate(per_chunk):
             writes = torch.linalg.solve_triangular(system_n, a_n @ state + forced_n, upper=False, unitriangular=True)
             ys.append(q_n @ state + read_n @ writes)
             state = whole_n * state + b_n @ writes
             if written is not None:
-                state = state + written[:, :, n]
+                state = state + written[n]
         y = torch.stack(ys, dim=2)
         y = join_chunks(y if direct is None else y + direct, n_tokens)
     return DPLROutput(y, state)
