@@ -71,7 +71,7 @@ class GatedConv(Mixer):
         self, x: Tensor, state: Tensor | None = None, *, return_state: bool = False, mask: Tensor | None = None
     ) -> MixerOutput:
         x = zero_padding(x, mask)
-        mixed, new_state = self.conv(self.b(x) * self.u(x), state, mask)
+        mixed, new_state = self.conv(self.b(x) * self.u(x), state)
         y = zero_padding(self.out(self.c(x) * mixed), mask)
         return MixerOutput(y, new_state if return_state else None, {})
 

@@ -86,6 +86,14 @@ def test_chunk_size_changes_no_output_nor_gradient():
             assert_same(got, want)
 
 
+def test_padding_behind_the_tokens_leaves_the_memory():
+    layer = build()
+    start = layer(torch.randn(2, 6, 16, dtype=torch.float64), return_state=True).state
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    later = layer(torch.randn(2, 9, 16, dtype=torch.float64), start, mask=mask, return_state=True).state
+    assert torch.equal(later.memory, start.memory)
+
+
 def test_padded_outputs_are_zero_and_gradients_finite():
     layer = build()
     x = torch.full((2, 6, 16), float("nan"), dtype=torch.float64)
