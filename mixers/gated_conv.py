@@ -72,7 +72,7 @@ class GatedConv(Mixer):
     ) -> MixerOutput:
         x = zero_padding(x, mask)
         mixed, new_state = self.conv(self.b(x) * self.u(x), state)
-        y = zero_padding(self.out(self.c(x) * mixed), mask)
+        y = self.out(self.c(x) * mixed)  # zero at padding, as c is
         return MixerOutput(y, new_state if return_state else None, {})
 
     def flops_per_token(self, context: int) -> float:
