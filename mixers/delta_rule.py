@@ -24,12 +24,44 @@ from torch import Tensor
 from mixers.chunk_decays import chunk_decays
 from mixers.chunking import chunk_plan, join_chunks, split_chunks
 
+# Widest key that fla's chunk kernels take.
+FLA_MAX_KEY_DIM = 256
+
 
 class DeltaRuleOutput(NamedTuple):
     """y (B,T,H,V) and the state after the last token (B,H,K,V), both at least float32."""
 
     y: Tensor
     state: Tensor
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    chunk_size: int,
+    impl: str,
+) -> DeltaRuleOutput:
+    """The rule by ``impl``, ``reference`` or ``fla``: a single token by the definition, several by chunks."""
+    if impl == "fla" and q.shape[1] > 0:
+        return _fla(q, k, v, *masked_gates(beta, log_decay, mask), state)
+    if q.shape[1] == 1:
+        return gated_delta_rule_recurrent(q, k, v, beta, log_decay, state, mask)
+    return gated_delta_rule_chunked(q, k, v, beta, log_decay, state, mask, chunk_size=chunk_size)
+
+
+def unsupported_by_fla(dtype: torch.dtype, key_dim: int) -> str:
+    """Why fla has no kernel for weights of this dtype and keys of this width; empty: it has one."""
+    if dtype == torch.float64:
+        return "float64"
+    if key_dim > FLA_MAX_KEY_DIM:
+        return f"keys of width {key_dim} (at most {FLA_MAX_KEY_DIM})"
+    return ""
 
 
 def gated_delta_rule_recurrent(
@@ -127,3 +159,23 @@ def _prepared(
     if state is None:
         state = q.new_zeros(q.shape[0], q.shape[2], k.shape[-1], v.shape[-1])
     return q, k, v, beta, log_decay, state.to(wide)
+
+
+def _fla(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, state: Tensor | None) -> DeltaRuleOutput:
+    """The same on CUDA; the kernels keep the state in float32."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+
+    # The recurrent kernel has no backward: it serves decoding only.
+    decoding = q.shape[1] == 1 and not torch.is_grad_enabled()
+    kernel = fused_recurrent_gated_delta_rule if decoding else chunk_gated_delta_rule
+    y, new_state = kernel(
+        q=q,
+        k=k,
+        v=v,
+        g=log_decay,
+        beta=beta.to(v.dtype),
+        scale=1.0,
+        initial_state=state,
+        output_final_state=True,
+    )
+    return DeltaRuleOutput(y, new_state)

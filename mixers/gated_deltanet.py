@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mixers.base import Mixer, MixerOutput, ParameterOptions, Traits
-from mixers.config import MixerConfig
-from mixers.delta_rule import DeltaRuleOutput, gated_delta_rule_chunked, gated_delta_rule_recurrent, masked_gates
+from mixers.decay_gates import reset_decay_rates, reset_time_steps
+from mixers.delta_heads import DeltaHeadsConfig, convolved, unit_length
+from mixers.delta_rule import gated_delta_rule, unsupported_by_fla
 from mixers.implementations import require_fla, resolve_fla
 from mixers.masking import zero_padding
 from mixers.norms import RMSNorm
 from mixers.registry import register
 from mixers.short_conv import ShortConv
-from mixers.time_steps import reset_decay
-
-# Widest key that fla's chunk kernel takes.
-FLA_MAX_KEY_DIM = 256
-L2_EPS = 1e-6
 
 
 class GatedDeltaNetState(NamedTuple):
@@ -34,42 +29,10 @@ class GatedDeltaNetState(NamedTuple):
     memory: Tensor
 
 
-class GatedDeltaNetConfig(MixerConfig):
+class GatedDeltaNetConfig(DeltaHeadsConfig):
     """Options of gated DeltaNet."""
 
-    n_heads: int = Field(1, gt=0, description="H")
-    key_dim: int | None = Field(None, gt=0, description="K, query and key width of a head; None: d_model / n_heads")
-    value_dim: int | None = Field(None, gt=0, description="V, value width of a head; None: key_dim * expand_v")
-    expand_v: float = Field(1.0, gt=0, description="V / K, where value_dim isn't given")
-    conv_kernel: int = Field(4, ge=0, description="taps of the short convolutions on q, k, v; 0: none")
     use_output_gate: bool = True
-    norm_eps: float = Field(1e-5, gt=0)
-    chunk_size: int = Field(32, gt=0, description="tokens solved as one triangular system; changes speed only")
-    impl: Literal["auto", "reference", "fla"] = "auto"
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.key_dim is None and self.d_model % self.n_heads:
-            raise ValueError(
-                f"d_model={self.d_model} isn't divisible by n_heads={self.n_heads}; change one, or set key_dim"
-            )
-        if self.value_dim is not None and self.expand_v != 1.0:
-            raise ValueError(f"value_dim={self.value_dim} and expand_v={self.expand_v} both set V; give one of them")
-        if self.value_dim is None and not (self.head_key_dim * self.expand_v).is_integer():
-            raise ValueError(
-                f"expand_v={self.expand_v} times the key width {self.head_key_dim} isn't a whole number; set value_dim"
-            )
-        return self
-
-    @property
-    def head_key_dim(self) -> int:
-        """K, resolved."""
-        return self.d_model // self.n_heads if self.key_dim is None else self.key_dim
-
-    @property
-    def head_value_dim(self) -> int:
-        """V, resolved."""
-        return int(self.head_key_dim * self.expand_v) if self.value_dim is None else self.value_dim
 
 
 @register("gated_deltanet")
@@ -130,7 +93,8 @@ class GatedDeltaNet(Mixer):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
             else:
                 module.reset_parameters()
-        reset_decay(self.A_log, self.dt_bias)
+        reset_decay_rates(self.A_log)
+        reset_time_steps(self.dt_bias)
 
     def parameter_options(self) -> dict[str, ParameterOptions]:
         """Decay rates and time steps have their own scale: weight decay would drag them to another one."""
@@ -139,11 +103,7 @@ class GatedDeltaNet(Mixer):
     @property
     def impl(self) -> str:
         weight = self.q.weight
-        unsupported = ""
-        if weight.dtype == torch.float64:
-            unsupported = "float64"
-        elif self.config.head_key_dim > FLA_MAX_KEY_DIM:
-            unsupported = f"keys of width {self.config.head_key_dim} (at most {FLA_MAX_KEY_DIM})"
+        unsupported = unsupported_by_fla(weight.dtype, self.config.head_key_dim)
         return resolve_fla(self.config.impl, weight.device, "mixer 'gated_deltanet'", unsupported)
 
     def initial_state(self, batch_size: int, *, device: torch.device | str, dtype: torch.dtype) -> GatedDeltaNetState:
@@ -167,21 +127,14 @@ class GatedDeltaNet(Mixer):
         config, impl = self.config, self.impl
         x = zero_padding(x, mask)
         past = GatedDeltaNetState(None, None, None, None) if state is None else state
-        q, conv_q = _convolved(self.conv_q, self.q(x), past.conv_q, mask)
-        k, conv_k = _convolved(self.conv_k, self.k(x), past.conv_k, mask)
-        v, conv_v = _convolved(self.conv_v, self.v(x), past.conv_v, mask)
-        q, k = (_unit_length(part.unflatten(-1, (-1, config.head_key_dim))) for part in (q, k))
+        q, conv_q = convolved(self.conv_q, self.q(x), past.conv_q, mask)
+        k, conv_k = convolved(self.conv_k, self.k(x), past.conv_k, mask)
+        v, conv_v = convolved(self.conv_v, self.v(x), past.conv_v, mask)
+        q, k = (unit_length(part.unflatten(-1, (-1, config.head_key_dim))) for part in (q, k))
         v = v.unflatten(-1, (-1, config.head_value_dim))
         beta, log_decay = self._gates(x)
 
-        if impl == "fla" and x.shape[1] > 0:
-            core = _fla(q, k, v, *masked_gates(beta, log_decay, mask), past.memory)
-        elif x.shape[1] == 1:
-            core = gated_delta_rule_recurrent(q, k, v, beta, log_decay, past.memory, mask)
-        else:
-            chunk_size = config.chunk_size
-            core = gated_delta_rule_chunked(q, k, v, beta, log_decay, past.memory, mask, chunk_size=chunk_size)
-
+        core = gated_delta_rule(q, k, v, beta, log_decay, past.memory, mask, chunk_size=config.chunk_size, impl=impl)
         heads = self.norm(core.y.to(v.dtype))
         if self.gate is not None:
             heads = heads * functional.silu(self.gate(x).view_as(heads))
@@ -204,36 +157,3 @@ class GatedDeltaNet(Mixer):
         projections = 2 * sum(linear.weight.numel() for linear in linears)
         convs = sum(conv.flops_per_token() for conv in (self.conv_q, self.conv_k, self.conv_v) if conv is not None)
         return float(projections + convs + 6 * config.n_heads * config.head_key_dim * config.head_value_dim)
-
-
-def _convolved(
-    conv: ShortConv | None, x: Tensor, state: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """silu(conv(x)) and the convolution's state, or silu(x) and None without one."""
-    return (functional.silu(x), None) if conv is None else conv(x, state, mask)
-
-
-def _unit_length(x: Tensor) -> Tensor:
-    """x / sqrt(|x|^2 + eps), in the dtype of x, computed in float32 for half dtypes."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + L2_EPS)).to(x.dtype)
-
-
-def _fla(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, state: Tensor | None) -> DeltaRuleOutput:
-    """The same on CUDA; the kernels keep the state in float32."""
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
-
-    # The recurrent kernel has no backward: it serves decoding only.
-    decoding = q.shape[1] == 1 and not torch.is_grad_enabled()
-    kernel = fused_recurrent_gated_delta_rule if decoding else chunk_gated_delta_rule
-    y, new_state = kernel(
-        q=q,
-        k=k,
-        v=v,
-        g=log_decay,
-        beta=beta.to(v.dtype),
-        scale=1.0,
-        initial_state=state,
-        output_final_state=True,
-    )
-    return DeltaRuleOutput(y, new_state)

@@ -12,12 +12,12 @@ from torch.nn import functional
 from mixers.base import Mixer, MixerOutput, ParameterOptions, Traits
 from mixers.config import MixerConfig
 from mixers.decay_attention import decay_attention, why_not_fla
+from mixers.decay_gates import reset_decay_rates, reset_time_steps
 from mixers.implementations import require_fla, resolve_fla
 from mixers.masking import zero_padding
 from mixers.norms import RMSNorm
 from mixers.registry import register
 from mixers.short_conv import ShortConv
-from mixers.time_steps import reset_decay
 
 
 class Mamba2State(NamedTuple):
@@ -109,7 +109,8 @@ class Mamba2(Mixer):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         if self.conv is not None:
             self.conv.reset_parameters()
-        reset_decay(self.A_log, self.dt_bias)
+        reset_decay_rates(self.A_log)
+        reset_time_steps(self.dt_bias)
         nn.init.ones_(self.D)
         self.norm.reset_parameters()
 

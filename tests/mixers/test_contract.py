@@ -44,6 +44,23 @@ OPTIONS = {
         {"n_heads": 2, "chunk_size": 4},
         {"chunk_size": 4, "rope": False, "use_output_gate": False, "key_dim": 5, "value_dim": 6},
     ],
+    "delta_net": [
+        {"n_heads": 2, "chunk_size": 4},
+        {"chunk_size": 4, "conv_kernel": 0, "value_dim": 6, "negative_eigenvalues": True},
+    ],
+    "kda": [
+        {"n_heads": 2, "chunk_size": 4},
+        {"chunk_size": 4, "conv_kernel": 0, "value_dim": 6, "gate_rank": 3},
+    ],
+    "rwkv7": [
+        {"n_heads": 2, "chunk_size": 4},
+        {"chunk_size": 4, "decay_rank": 3, "rate_rank": 2, "gate_rank": 5},
+    ],
+    "short_conv": [{}, {"kernel": 5, "inner_dim": 6}],
+    "based": [
+        {"n_heads": 2, "key_dim": 4, "window": 4, "chunk_size": 4},
+        {"n_heads": 4, "key_dim": 3, "window": 3, "chunk_size": 4, "combine": "split", "n_window_heads": 1},
+    ],
     "pkm": [{"n_subkeys": 8, "n_heads": 2, "key_dim": 8, "value_dim": 8, "top_k": 4}],
     "fwpkm": [
         {"n_subkeys": 8, "key_dim": 8, "value_dim": 8, "top_k": 4, "chunk_size": 8},
@@ -56,7 +73,10 @@ OPTIONS = {
     "ttt": [{"n_heads": 2, "chunk_size": 8}, {"chunk_size": 4, "base_lr": 4.0}],
 }
 # Exceptions, each with its reason; one that no longer holds fails its check.
-NAN_SPREADS = {"softmax": "all queries of a call share one product with the values, and 0 * NaN is NaN"}
+NAN_SPREADS = {
+    "softmax": "all queries of a call share one product with the values, and 0 * NaN is NaN",
+    "based": "its window is softmax attention",
+}
 NO_GRADIENT: dict[str, dict[str, str]] = {}  # mixer -> parameter -> reason
 
 

@@ -1,0 +1,31 @@
+"""The same layer by fla's kernels and by the reference, on CUDA: outputs, states and gradients."""
+
+import torch
+
+from mixers import registry
+from mixers.base import state_tensors
+
+
+def assert_fla_equals_reference(name, n_tokens, dtype=torch.float32, tolerance=1e-2, **options):
+    """From a state on, with left padding; the errors are relative norms."""
+    torch.manual_seed(n_tokens)
+    options = {"d_model": 64, "n_heads": 2, **options}
+    reference = registry.build(name, {**options, "impl": "reference"}).to("cuda", dtype)
+    fla = registry.build(name, {**options, "impl": "fla"}).to("cuda", dtype)
+    fla.load_state_dict(reference.state_dict())
+    x = torch.randn(2, n_tokens, 64, device="cuda", dtype=dtype)
+    mask = torch.arange(n_tokens, device="cuda").expand(2, -1) >= min(3, n_tokens - 1)
+    with torch.no_grad():
+        start = reference(torch.randn(2, 5, 64, device="cuda", dtype=dtype), return_state=True).state
+    results = []
+    for layer in (reference, fla):
+        leaf = x.clone().requires_grad_()
+        out = layer(leaf, start, mask=mask, return_state=True)
+        out.y.square().sum().backward()
+        gradients = [parameter.grad for parameter in layer.parameters()]
+        with torch.no_grad():
+            decoded = layer(x[:, :1], start, return_state=True)
+        states = [part for part in state_tensors((out.state, decoded.state)) if part.is_floating_point()]
+        results.append((out.y, decoded.y, *states, leaf.grad, *gradients))
+    for want, got in zip(*results, strict=True):
+        assert (got - want).norm() <= tolerance * want.norm() + 1e-6
