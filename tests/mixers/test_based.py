@@ -5,7 +5,6 @@ import torch
 
 from mixers import registry
 from mixers.errors import UserError
-from tests.mixers.fla_equality import assert_fla_equals_reference
 
 
 def build(**options):
@@ -81,22 +80,6 @@ def test_output_starts_with_the_variance_of_one_layer():
         assert part.out.weight.std().item() == pytest.approx((2 * 256) ** -0.5, rel=0.02)
 
 
-def test_padded_outputs_are_zero_and_gradients_finite():
-    layer = build()
-    x = torch.full((2, 6, 16), float("nan"), dtype=torch.float64)
-    x[0, 4:] = 1.0
-    x.requires_grad_()
-    mask = torch.zeros(2, 6, dtype=torch.bool)
-    mask[0, 4:] = True
-    y = layer(x, mask=mask).y
-    assert torch.isfinite(y).all()
-    assert (y[~mask] == 0).all()
-    assert (y[mask] != 0).any()
-    y.square().sum().backward()
-    assert torch.isfinite(x.grad).all()
-    assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
-
-
 def test_fused_window_equals_the_reference():
     x = torch.randn(2, 13, 16, dtype=torch.float64)
     fused, reference = build(impl="auto"), build(impl="reference")
@@ -118,17 +101,3 @@ def test_fused_window_equals_the_reference():
 def test_bad_options_are_named(options, message):
     with pytest.raises(UserError, match=message):
         registry.build("based", options)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_fla_without_a_gpu_is_an_error_with_the_way_out():
-    with pytest.raises(UserError, match=r"impl='fla'.*'reference'"):
-        registry.build("based", {"impl": "fla"})(torch.zeros(1, 1, 64))
-    assert registry.build("based").impl == "reference"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels run on CUDA only")
-@pytest.mark.parametrize("n_tokens", [1, 63, 130])
-def test_fla_equals_the_reference(n_tokens):
-    pytest.importorskip("triton")
-    assert_fla_equals_reference("based", n_tokens)

@@ -6,7 +6,6 @@ from torch.nn import functional
 
 from mixers import registry
 from mixers.errors import UserError
-from tests.mixers.fla_equality import assert_fla_equals_reference
 
 
 def build(**options):
@@ -68,29 +67,6 @@ def test_nothing_is_forgotten_without_a_write():
     assert torch.equal(later.memory, start.memory)
 
 
-def test_padded_outputs_are_zero_and_gradients_finite():
-    layer = build()
-    x = torch.full((2, 6, 16), float("nan"), dtype=torch.float64)
-    x[0, 4:] = 1.0
-    x.requires_grad_()
-    mask = torch.zeros(2, 6, dtype=torch.bool)
-    mask[0, 4:] = True
-    y = layer(x, mask=mask).y
-    assert torch.isfinite(y).all()
-    assert (y[~mask] == 0).all()
-    assert (y[mask] != 0).any()
-    y.square().sum().backward()
-    assert torch.isfinite(x.grad).all()
-    assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
-
-
-def test_state_is_float32_for_half_inputs():
-    out = build().bfloat16()(torch.randn(2, 5, 16, dtype=torch.bfloat16), return_state=True)
-    assert out.y.dtype == torch.bfloat16
-    assert out.state.memory.dtype == torch.float32
-    assert torch.isfinite(out.y).all()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -102,17 +78,3 @@ def test_state_is_float32_for_half_inputs():
 def test_bad_options_are_named(options, message):
     with pytest.raises(UserError, match=message):
         registry.build("delta_net", options)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_fla_without_a_gpu_is_an_error_with_the_way_out():
-    with pytest.raises(UserError, match=r"mixer 'delta_net': impl='fla'.*'reference'"):
-        registry.build("delta_net", {"impl": "fla"})(torch.zeros(1, 1, 64))
-    assert registry.build("delta_net").impl == "reference"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels run on CUDA only")
-@pytest.mark.parametrize("n_tokens", [1, 63, 130])
-def test_fla_equals_the_reference(n_tokens):
-    pytest.importorskip("triton")
-    assert_fla_equals_reference("delta_net", n_tokens)
