@@ -37,7 +37,7 @@ MAX_ATTEMPTS = 2
 POLL_S = 0.2
 # Workers get this long to save their checkpoints, then they are killed: 5 s after Ctrl-C all is over, the end of this
 # process included.
-SAVE_PATIENCE_S = 3.5
+SAVE_PATIENCE_S = 3.0
 
 INTERRUPTED_EXIT_CODE = 130
 
