@@ -38,7 +38,8 @@ class Report:
         return all(result.ok for result in self.results)
 
     def __getitem__(self, name: str) -> CheckResult:
-        return next(result for result in self.results if result.name == name)
+        """The result of one check."""
+        return {result.name: result for result in self.results}[name]
 
     def __str__(self) -> str:
         return "\n".join(f"{result.name}: {result.status} {result.message}".rstrip() for result in self.results)

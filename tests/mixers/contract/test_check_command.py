@@ -10,6 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent.parent
 PLUGIN = """
+from mixers.base import Traits
 from mixers.pkm import ProductKeyMemory
 from mixers.registry import register
 
@@ -17,6 +18,10 @@ from mixers.registry import register
 class HalfRight(ProductKeyMemory):
     def flops_per_token(self, context):
         return 1.0
+
+@register("gpu_only")
+class GpuOnly(ProductKeyMemory):
+    traits = Traits(state_growth="none", devices=("cuda",))
 
 @register("crashes")
 class Crashes(ProductKeyMemory):
@@ -55,7 +60,7 @@ def test_failures_exit_with_one_and_never_show_a_traceback(tmp_path: Path) -> No
     assert not half_right["ok"]
     statuses = {c["status"] for c in crashes["checks"]}
     assert statuses == {"failed"}
-    assert f"raised OSError: no disk [left] ({plugin}:13)" in crashes["checks"][0]["message"]
+    assert f"raised OSError: no disk [left] ({plugin}:18)" in crashes["checks"][0]["message"]
 
     table = check("crashes", "--plugin", str(plugin))
     assert table.returncode == 1
@@ -64,9 +69,15 @@ def test_failures_exit_with_one_and_never_show_a_traceback(tmp_path: Path) -> No
 
 
 def test_mistakes_exit_with_two_and_one_line(tmp_path: Path) -> None:
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(PLUGIN)
     for args, message in (
         ((), "check: name one or more mixers, or give --all"),
         (("softmax", "--all"), "check: name one or more mixers, or give --all"),
+        (
+            ("gpu_only", "--plugin", str(plugin)),
+            "check: mixer 'gpu_only' runs on cuda only, and the suite on the CPU; leave it out",
+        ),
         (("softmaxx",), "unknown mixer 'softmaxx'; did you mean 'softmax'?"),
         (("softmax", "--plugin", str(tmp_path / "no.py")), f"--plugin {tmp_path / 'no.py'}: no such file"),
     ):

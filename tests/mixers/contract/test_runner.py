@@ -65,6 +65,15 @@ def test_excuses_need_a_known_check_and_a_reason(excuses, message):
         contract.parametrize(build(DecayedSum), excuses=excuses)
 
 
+def test_a_class_declares_its_excuses():
+    class Excused(FlopsTwice):
+        contract_excuses = {"flops": "counted by hand"}  # noqa: RUF012  as a user writes it
+
+    assert contract.declared_excuses(DecayedSum) == {}
+    excuses = contract.declared_excuses(Excused)
+    assert contract.run_check("flops", build(Excused), excuses=excuses).status == "excused"
+
+
 def test_an_exception_in_the_mixer_names_type_file_and_line():
     result = contract.run_check("shapes", build(NoTokensCrash))
     lines = (ROOT / "tests/mixers/contract/faulty.py").read_text().splitlines()
