@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mixers import contract
+from tests.mixers.contract.chunked import ChunkedSum
 from tests.mixers.contract.faulty import FAULTS
 from tests.mixers.contract.healthy import DecayedSum
 
@@ -18,11 +19,12 @@ def build(cls):
     return cls(cls.Config(d_model=D))
 
 
+@pytest.mark.parametrize("cls", [DecayedSum, ChunkedSum])
 @pytest.mark.parametrize("seed", range(N_SEEDS))
-def test_the_healthy_mixer_passes(seed):
+def test_the_healthy_mixers_pass(seed, cls):
     for name in contract.CHECKS:
         if seed == 0 or name not in UNSEEDED:
-            result = contract.run_check(name, lambda: build(DecayedSum), seed=seed)
+            result = contract.run_check(name, lambda: build(cls), seed=seed)
             assert result.status == "passed", result.message
 
 
