@@ -1,4 +1,4 @@
-"""``mixlab mixers``: what is registered."""
+"""``mixlab mixers``: what is registered. ``mixlab check``: what keeps the contract."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 
 import click
 
+from mixers.errors import UserError
 from mixers.scaffold_cli import new
 
 REFERENCE_WIDTH = 64
 REFERENCE_TOKENS = 512
+CHECK_WIDTH = 16
+STATUS_STYLES = {"passed": "green", "failed": "bold red", "stale_excuse": "bold red", "excused": "yellow"}
 
 
 def plugin_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,4 +115,75 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-commands = [mixers_command, new]
+@click.command("check")
+@click.argument("names", nargs=-1, metavar="NAME...")
+@click.option("--all", "check_all", is_flag=True, help="Every registered mixer.")
+@click.option("--seed", default=0, show_default=True, help="Of weights and inputs.")
+@json_option
+@plugin_option
+@click.pass_context
+def check_command(
+    context: click.Context, names: tuple[str, ...], check_all: bool, seed: int, as_json: bool, plugins: tuple[str, ...]
+) -> None:
+    """Run the contract suite on mixers, with their default options at d_model=16.
+
+    Exits with 1 when a check fails.
+    """
+    from mixers import contract, registry
+
+    load_plugins(plugins)
+    if bool(names) == check_all:
+        raise UserError("check: name one or more mixers, or give --all")
+    names = tuple(registry.names()) if check_all else tuple(dict.fromkeys(names))
+    classes = {name: registry.get(name) for name in names}
+    on_cpu = {name: cls for name, cls in classes.items() if "cpu" in cls.traits.devices}
+    for name in sorted(set(classes) - set(on_cpu)):
+        why = f"mixer {name!r} runs on {', '.join(classes[name].traits.devices)} only, and the suite on the CPU"
+        if not check_all:
+            raise UserError(f"check: {why}; leave it out")
+        click.echo(f"mixlab: check: {why}: left out", err=True)
+    for name, cls in on_cpu.items():
+        cls.Config.parse({"d_model": CHECK_WIDTH}, f"mixer {name!r}")
+    rows = []
+    for name, cls in on_cpu.items():
+        report = contract.check_mixer(
+            lambda name=name: registry.build(name, {"d_model": CHECK_WIDTH}),
+            excuses=contract.declared_excuses(cls),
+            seed=seed,
+        )
+        checks = [vars(result) for result in report.results]
+        rows.append({"name": name, "ok": report.ok, "d_model": CHECK_WIDTH, "seed": seed, "checks": checks})
+        if not as_json:
+            _print_checks(rows[-1], with_passed=len(on_cpu) == 1)
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+    if not all(row["ok"] for row in rows):
+        context.exit(1)
+
+
+def _print_checks(row: dict[str, Any], with_passed: bool) -> None:
+    """One mixer's checks; of many mixers, only those that say something."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    checks = row["checks"]
+    n_passed = sum(check["status"] == "passed" for check in checks)
+    seconds = sum(check["seconds"] for check in checks)
+    verdict = "keeps the contract" if row["ok"] else "breaks the contract"
+    table = Table(box=None, padding=(0, 1, 0, 2), show_header=False)
+    table.add_column("check", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    table.add_column("message", overflow="fold")
+    for check in checks:
+        if with_passed or check["status"] != "passed":
+            style = STATUS_STYLES.get(check["status"], "dim")
+            status = f"[{style}]{check['status'].replace('_', ' ')}[/]"
+            table.add_row(check["name"], status, escape(check["message"].removeprefix(f"{check['name']}: ")))
+    console = Console()
+    console.print(f"[bold]{row['name']}[/] {verdict}: {n_passed} of {len(checks)} checks passed in {seconds:.1f} s")
+    if table.row_count:
+        console.print(table)
+
+
+commands = [mixers_command, check_command, new]

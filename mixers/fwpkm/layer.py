@@ -275,10 +275,11 @@ class FastWeightPKM(Mixer):
         new_state = FastWeightState(
             keys,
             values,
-            q[:, n_full:],
-            v[:, n_full:],
-            None if gate is None else gate[:, n_full:],
-            None if mask is None else mask[:, n_full:],
+            # Copies: views would keep all of the call's projections alive as long as the state.
+            q[:, n_full:].clone(),
+            v[:, n_full:].clone(),
+            None if gate is None else gate[:, n_full:].clone(),
+            None if mask is None else mask[:, n_full:].clone(),
         )
         return torch.cat(rows, dim=1), torch.cat(slots, dim=1), new_state, losses
 

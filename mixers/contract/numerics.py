@@ -1,0 +1,97 @@
+"""The same numbers twice, in training and evaluation, in bfloat16 and compiled."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixers.contract.errors import ContractError
+from mixers.contract.subject import Subject, n_tokens_to_try, require_finite, require_same, weighted_sum
+
+# Error of bfloat16 arithmetic, in units of what rounding inputs and weights to bfloat16 costs anyway.
+BF16_FACTOR = 4.0
+# Half a unit in the last of bfloat16's 8 bits: what rounding y itself may cost.
+BF16_ROUNDING = 2.0**-9
+
+
+def determinism(subject: Subject) -> None:
+    """Two calls give the same bits: in evaluation as they are, in training from the same seed."""
+    mixer = subject.build()
+    x = subject.tokens(mixer, 2, n_tokens_to_try(mixer))
+    mixer.eval()
+    first, second = mixer(x).y, mixer(x).y
+    require_same(second, first, "output of a second call in evaluation", limit=0.0)
+    mixer.train()
+    ys = []
+    for _ in range(2):
+        torch.manual_seed(subject.seed)
+        ys.append(mixer(x).y)
+    require_same(ys[1], ys[0], "output of a second call in training, from the same seed", limit=0.0)
+
+
+def train_eval(subject: Subject) -> None:
+    """train() and eval() give the same outputs."""
+    mixer = subject.build()
+    x = subject.tokens(mixer, 2, n_tokens_to_try(mixer))
+    require_same(mixer.train()(x).y, mixer.eval()(x).y, "output in training, against evaluation")
+
+
+def bf16(subject: Subject) -> None:
+    """Under autocast to bfloat16, as in training, the error is at most 4 times that of float64 with inputs and
+    weights rounded to bfloat16, plus the rounding of y.
+
+    Compared is the median over the tokens of each token's error, because near a tie a hard choice such as top-k
+    may flip at some of them.
+    """
+    exact = subject.build()
+    x = subject.tokens(exact, 2, n_tokens_to_try(exact))
+    with torch.no_grad():
+        y = exact(x).y
+        rounded = subject.build(torch.bfloat16).double()
+        unavoidable = _median_norm(rounded(x.bfloat16().double()).y - y)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = subject.build(torch.float32)(x.float()).y
+    require_finite(found, "output under autocast to bfloat16")
+    size = _median_norm(found.double() - y)
+    limit = BF16_FACTOR * (unavoidable + BF16_ROUNDING * _median_norm(y))
+    if not size <= limit:
+        raise ContractError(
+            "output under autocast to bfloat16 differs from float64",
+            position="median over the tokens",
+            size=size,
+            allowed=limit,
+        )
+
+
+def _median_norm(x: Tensor) -> float:
+    """Median over B and T of the Euclidean length over D."""
+    return float(x.norm(dim=-1).median())
+
+
+def compile(subject: Subject) -> None:
+    """torch.compile gives the same outputs (backend ``aot_eager``) and gradients (``eager``): traced as for a GPU,
+    but run without a compiler.
+    """
+    mixer = subject.build()
+    x = subject.tokens(mixer, 2, n_tokens_to_try(mixer))
+    weights = torch.randn_like(x)
+    trained = {name: parameter for name, parameter in mixer.named_parameters() if parameter.requires_grad}
+    tensors = [x.requires_grad_(), *trained.values()]
+    y = mixer(x).y
+    gradients = torch.autograd.grad(weighted_sum(mixer, x, weights), tensors, allow_unused=True)
+    try:
+        torch._dynamo.reset()
+        compiled = torch.compile(mixer, backend="aot_eager", dynamic=False)
+        require_same(compiled(x).y, y, "compiled output, against eager")
+        # Not by aot_eager: its backward graph fixes views to strides that its own operations do not always keep
+        # (github.com/pytorch/pytorch/issues/120035); inductor has no such trouble.
+        torch._dynamo.reset()
+        traced = torch.compile(mixer, backend="eager", dynamic=False)
+        found = torch.autograd.grad(weighted_sum(traced, x, weights), tensors, allow_unused=True)
+    finally:
+        torch._dynamo.reset()
+    for name, got, want in zip(("the inputs", *trained), found, gradients, strict=True):
+        if (got is None) != (want is None):
+            raise ContractError(f"compiled gradient of {name} exists on one side only")
+        if got is not None and want is not None:
+            require_same(got, want, f"compiled gradient of {name}, against eager")
