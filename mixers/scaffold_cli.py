@@ -19,5 +19,5 @@ def new(name: str, folder: str, force: bool) -> None:
     mixer, test = (shlex.quote(str(path)) for path in scaffold(name, Path(folder), force=force))
     click.echo(f"wrote {mixer} and {test}; next:")
     click.echo(f"  python -m pytest {test}")
-    click.echo(f"  mixlab mixers --plugin {mixer}")
+    click.echo(f"  mixlab check {name} --plugin {mixer}")
     click.echo(f"  mixlab train mqar model.pattern={name} --plugin {mixer}")

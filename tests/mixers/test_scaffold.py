@@ -65,7 +65,7 @@ def test_the_printed_commands_name_the_files_in_another_folder(tmp_path: Path) -
     (tmp_path / "my mixers").mkdir()
     written = mixlab("new", "leaky_sum", "--dir", "my mixers", cwd=tmp_path)
     assert written.returncode == 0, written.stderr
-    assert "  mixlab mixers --plugin 'my mixers/leaky_sum.py'" in written.stdout.splitlines()
+    assert "  mixlab check leaky_sum --plugin 'my mixers/leaky_sum.py'" in written.stdout.splitlines()
     assert sorted(path.name for path in (tmp_path / "my mixers").iterdir()) == ["leaky_sum.py", "test_leaky_sum.py"]
 
 
