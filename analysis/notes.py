@@ -119,7 +119,7 @@ def held_equal(saved: SavedSweep, runs: list[RunRow], comparisons: list[Comparis
     ]
     sizes = [_spread(name, saved, comparisons) for name in ("cost/params", "cost/state_bytes", "cost/flops_per_token")]
     by_config = _same_settings(runs)
-    text = f"Held equal by plan: {'; '.join(same)}{by_config}. Measured: {'; '.join(sizes)}."
+    text = f"By plan: {'; '.join(same)}{by_config}. Measured: {'; '.join(sizes)}."
     return Note(
         "What is held equal", text + " A comparison at equal size answers another question than one at equal cost."
     )
