@@ -132,13 +132,6 @@ def test_layer_is_its_equation():
     assert_same(layer(x).y, expected)
 
 
-def test_chunk_size_changes_no_output():
-    x = torch.randn(2, 21, 16, dtype=torch.float64)
-    expected = build(chunk_size=64)(x).y
-    for chunk_size in (1, 5, 21):
-        assert_same(build(chunk_size=chunk_size)(x).y, expected)
-
-
 def test_decays_start_in_the_documented_ranges():
     layer = build(n_heads=16)
     rate, step = layer.A_log.exp(), functional.softplus(layer.dt_bias)

@@ -72,19 +72,6 @@ def test_repeated_keys_are_solved_exactly_enough():
     assert_same(out.y, v, atol=1e-5)
 
 
-def test_chunk_size_changes_no_output_nor_gradient():
-    x = torch.randn(2, 21, 16, dtype=torch.float64)
-    results = []
-    for chunk_size in (64, 1, 5, 21):
-        leaf = x.clone().requires_grad_()
-        y = build(chunk_size=chunk_size)(leaf).y
-        y.square().sum().backward()
-        results.append((y, leaf.grad))
-    for found in results[1:]:
-        for got, want in zip(found, results[0], strict=True):
-            assert_same(got, want)
-
-
 def test_padding_behind_the_tokens_leaves_the_memory():
     layer = build()
     start = layer(torch.randn(2, 6, 16, dtype=torch.float64), return_state=True).state

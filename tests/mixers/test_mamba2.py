@@ -57,13 +57,6 @@ def test_scalars_of_heads_are_free_of_weight_decay():
     assert all(not option.weight_decay for option in options.values())
 
 
-def test_chunk_size_changes_no_output():
-    x = torch.randn(2, 21, 16, dtype=torch.float64)
-    expected = build(chunk_size=64)(x).y
-    for chunk_size in (1, 5, 21):
-        assert_same(build(chunk_size=chunk_size)(x).y, expected)
-
-
 def test_very_strong_decay_stays_finite_with_gradients():
     layer = build(conv_kernel=0).float()
     with torch.no_grad():

@@ -42,6 +42,22 @@ def test_padded_outputs_are_zero_and_gradients_finite(name: str) -> None:
 
 
 @every_layer
+def test_chunk_size_changes_no_output_nor_gradient(name: str) -> None:
+    x = torch.randn(2, 21, 16, dtype=torch.float64)
+    results = []
+    for chunk_size in (64, 1, 5, 21):
+        torch.manual_seed(0)
+        layer = registry.build(name, {"d_model": 16, "n_heads": 2, "chunk_size": chunk_size}).double()
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf).y
+        y.square().sum().backward()
+        results.append((y, leaf.grad))
+    for found in results[1:]:
+        for got, want in zip(found, results[0], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@every_layer
 def test_memories_are_float32_for_half_inputs(name: str) -> None:
     layer = registry.build(name, {"d_model": 16, "n_heads": 2}).bfloat16()
     out = layer(torch.randn(2, 5, 16, dtype=torch.bfloat16), return_state=True)

@@ -45,13 +45,6 @@ def test_heads_forget_at_the_papers_rates_however_many_there_are():
     assert (log_decay < 0).all()
 
 
-def test_chunk_size_changes_no_output():
-    x = torch.randn(2, 21, 16, dtype=torch.float64)
-    expected = build(chunk_size=64)(x).y
-    for chunk_size in (1, 5, 21):
-        assert_same(build(chunk_size=chunk_size)(x).y, expected)
-
-
 def test_far_positions_keep_their_precision():
     layer = build().float()
     x = torch.randn(1, 12, 16)
