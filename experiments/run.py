@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -129,6 +130,7 @@ def _train_and_measure(
         on_progress=on_progress,
     )
     recorder.drop_after(trainer.resume())
+    recorder.reached = lambda: (trainer.at.step, trainer.at.tokens, trainer.at.wall_s)
     result = trainer.run()
     if config.train.keep_checkpoint:
         trainer.save()
@@ -173,7 +175,7 @@ class _Recorder:
 
     def __init__(self, folder: Path, tracker: RunTracker | None) -> None:
         self.folder, self.tracker = folder, tracker
-        self.reached = (0, 0, 0.0)  # step, tokens, seconds of the last row
+        self.reached: Callable[[], tuple[int, int, float]] = lambda: (0, 0, 0.0)  # step, tokens, seconds of training
         self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115  closed by the run
 
     def drop_after(self, step: int) -> None:
@@ -190,7 +192,6 @@ class _Recorder:
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by the run
 
     def log(self, step: int, tokens: int, wall_s: float, values: dict[str, float]) -> None:
-        self.reached = (step, tokens, wall_s)
         time_ms = time.time_ns() // 1_000_000
         row = {"step": step, "tokens": tokens, "time_ms": time_ms, "wall_s": round(wall_s, 6), **finite(values)}
         self.file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -200,7 +201,7 @@ class _Recorder:
 
     def ended(self, outcome: Outcome, reason: str) -> RunOutcome:
         """The outcome of a training that did not reach its end, as far as it came."""
-        step, tokens, wall_s = self.reached
+        step, tokens, wall_s = self.reached()
         return RunOutcome(outcome, reason, step, tokens, wall_s)
 
     @property

@@ -89,6 +89,7 @@ class Trainer:
         self.state: BackboneState | None = None
         self.forward = torch.compile(model) if config.train.compile else model
         self.in_step = False
+        self.losses: list[Tensor] = []  # of the steps since the last row of metrics
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if config.state.carry == "stream" and not task.can_stream:
             raise UserError(
@@ -103,7 +104,7 @@ class Trainer:
         try:
             diverged, tokens_per_s = self._steps()
         except Interrupted:
-            # Within a step weights and counters disagree: then the last checkpoint stands.
+            # Within a step, its row and evaluation included, things are not whole: then the last checkpoint stands.
             if not self.in_step:
                 self.save()
             raise
@@ -125,7 +126,6 @@ class Trainer:
     def _steps(self) -> tuple[str, float]:
         """Train; return why it diverged ("" if not) and the median speed in tokens per second."""
         train = self.config.train
-        losses: list[Tensor] = []
         aux: dict[str, Tensor] = {}
         speeds: list[float] = []
         saved_at = time.perf_counter()
@@ -135,26 +135,26 @@ class Trainer:
             self.in_step = True
             batch = self._batch(self.at.step)
             loss, grad_norm, aux = self._step(batch)
-            losses.append(loss)
+            self.losses.append(loss)
             self.compute.synchronize()
             seconds = time.perf_counter() - started
             self.at.step += 1
             self.at.tokens += batch.tokens.size
             self.at.wall_s += seconds
-            self.in_step = False
             if self.at.step - first_step > N_WARMUP_STEPS or self.at.step == self.n_steps:
                 speeds.append(batch.tokens.size / seconds)
             last = self.at.step == self.n_steps
             due = train.eval_every and self.at.step % train.eval_every == 0
             if self.at.step % train.log_every == 0 or last or due:
-                mean_loss = torch.stack(losses).mean().item()
-                losses.clear()
+                mean_loss = torch.stack(self.losses).mean().item()
+                self.losses.clear()
                 if not math.isfinite(mean_loss):
                     self.on_metrics(self.at.step, self.at.tokens, self.at.wall_s, {"train/loss": mean_loss})
                     return f"training loss is {mean_loss} at step {self.at.step}", float(np.median(speeds or [0.0]))
                 self._log(mean_loss, grad_norm, aux, batch.tokens.size / seconds)
             if due and not last:
                 self._select()
+            self.in_step = False
             if self.checkpoint and time.perf_counter() - saved_at >= train.checkpoint_every_s:
                 self.save()
                 saved_at = time.perf_counter()
@@ -240,6 +240,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "progress": vars(self.at).copy(),
             "rng": torch.get_rng_state(),
+            "losses": self.losses,
             "state": None if self.state is None else state_tensors(self.state),
         }
         if self.compute.device.type == "cuda":
@@ -257,6 +258,7 @@ class Trainer:
         self.model.load_state_dict(values["model"])
         self.optimizer.load_state_dict(values["optimizer"])
         self.at = _Progress(**values["progress"])
+        self.losses = [loss.to(self.compute.device) for loss in values["losses"]]
         torch.set_rng_state(values["rng"])
         if "cuda_rng" in values and self.compute.device.type == "cuda":
             torch.cuda.set_rng_state(values["cuda_rng"], self.compute.device)

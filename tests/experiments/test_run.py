@@ -68,11 +68,13 @@ def losses(folder: Path) -> dict[int, float]:
     return {row["step"]: row["train/loss"] for row in read_metrics(folder) if "train/loss" in row}
 
 
+@pytest.mark.parametrize("log_every", [1, 4])
 @pytest.mark.parametrize("kind", ["mqar", "text_stream"])
-def test_a_resumed_run_equals_an_uninterrupted_one(kind: str, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(kind: str, log_every: int, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     corpus.mkdir()
-    config = mqar_config() if kind == "mqar" else text_config(corpus)
+    logging = {"train": {"log_every": log_every}}
+    config = mqar_config(**logging) if kind == "mqar" else text_config(corpus, **logging)
     who = identity(config)
     whole = run_experiment(config, who, tmp_path / "whole")
     assert whole.outcome == "finished"
@@ -91,9 +93,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one(kind: str, tmp_path: Path) ->
     assert resumed.metrics == whole.metrics
     folders = [tmp_path / name / "test" / config.key() for name in ("whole", "cut")]
     assert losses(folders[0]) == losses(folders[1])
-    assert len(losses(folders[1])) == config.train.max_steps
+    assert len(losses(folders[1])) == config.train.max_steps // log_every
     assert not (folders[1] / "checkpoint.pt").exists()
     assert resumed.data_hash == whole.data_hash
+
+
+def test_an_interruption_within_an_evaluation_loses_no_evaluation(tmp_path: Path, monkeypatch) -> None:
+    """A worker that must stop at once raises wherever the training is: here in the first evaluation on select."""
+    config = mqar_config(train={"stop": {"metric": "select/accuracy", "threshold": 0.0}})
+    who = identity(config)
+    whole = run_experiment(config, who, tmp_path / "whole")
+    evaluate = Trainer._evaluate
+
+    def interrupted(self: Trainer, split: str) -> dict[str, float]:
+        raise Interrupted
+
+    monkeypatch.setattr(Trainer, "_evaluate", interrupted)
+    assert run_experiment(config, who, tmp_path / "cut").outcome == "killed"
+    monkeypatch.setattr(Trainer, "_evaluate", evaluate)
+    resumed = run_experiment(config, who, tmp_path / "cut")
+    assert (resumed.step, resumed.metrics) == (whole.step, whole.metrics) == (8, whole.metrics)
 
 
 def test_a_crash_between_checkpoints_repeats_the_lost_steps(tmp_path: Path) -> None:
