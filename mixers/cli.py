@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mixers.errors import UserError
 from mixers.scaffold_cli import new
+
+if TYPE_CHECKING:
+    import torch
 
 REFERENCE_WIDTH = 64
 REFERENCE_TOKENS = 512
@@ -118,47 +122,96 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 @click.command("check")
 @click.argument("names", nargs=-1, metavar="NAME...")
 @click.option("--all", "check_all", is_flag=True, help="Every registered mixer.")
+@click.option("-o", "--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of them; repeatable.")
+@click.option("--device", default="cpu", show_default=True, help="Where they run: cpu or cuda.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float64", "float32", "bfloat16"]),
+    default="float64",
+    show_default=True,
+    help="What they compute in; most kernels don't have float64.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of weights and inputs.")
 @json_option
 @plugin_option
 @click.pass_context
 def check_command(
-    context: click.Context, names: tuple[str, ...], check_all: bool, seed: int, as_json: bool, plugins: tuple[str, ...]
+    context: click.Context,
+    names: tuple[str, ...],
+    check_all: bool,
+    options: tuple[str, ...],
+    device: str,
+    dtype: str,
+    seed: int,
+    as_json: bool,
+    plugins: tuple[str, ...],
 ) -> None:
-    """Run the contract suite on mixers, with their default options at d_model=16.
+    """Run the contract suite on mixers, with d_model=16 and their other options' defaults unless given.
 
     Exits with 1 when a check fails.
     """
+    import torch
+
     from mixers import contract, registry
 
     load_plugins(plugins)
     if bool(names) == check_all:
         raise UserError("check: name one or more mixers, or give --all")
+    place = contract.require_device(device)
     names = tuple(registry.names()) if check_all else tuple(dict.fromkeys(names))
     classes = {name: registry.get(name) for name in names}
-    on_cpu = {name: cls for name, cls in classes.items() if "cpu" in cls.traits.devices}
-    for name in sorted(set(classes) - set(on_cpu)):
-        why = f"mixer {name!r} runs on {', '.join(classes[name].traits.devices)} only, and the suite on the CPU"
+    fitting = {name: cls for name, cls in classes.items() if place.type in cls.traits.devices}
+    for name in sorted(set(classes) - set(fitting)):
+        why = f"mixer {name!r} runs on {', '.join(classes[name].traits.devices)} only, and the suite on {place.type}"
         if not check_all:
-            raise UserError(f"check: {why}; leave it out")
+            raise UserError(f"check: {why}; leave it out, or give --device")
         click.echo(f"mixlab: check: {why}: left out", err=True)
-    for name, cls in on_cpu.items():
-        cls.Config.parse({"d_model": CHECK_WIDTH}, f"mixer {name!r}")
+    given = {"d_model": CHECK_WIDTH, **_options(options)}
+    working = {name: _resolved(name, given, place, getattr(torch, dtype)) for name in fitting}
     rows = []
-    for name, cls in on_cpu.items():
+    for name, cls in fitting.items():
         report = contract.check_mixer(
-            lambda name=name: registry.build(name, {"d_model": CHECK_WIDTH}),
+            lambda name=name: registry.build(name, given),
             excuses=contract.declared_excuses(cls),
             seed=seed,
+            device=place,
+            dtype=getattr(torch, dtype),
         )
         checks = [vars(result) for result in report.results]
-        rows.append({"name": name, "ok": report.ok, "d_model": CHECK_WIDTH, "seed": seed, "checks": checks})
+        row = {"name": name, "ok": report.ok, "impl": working[name], "device": str(place), "dtype": dtype}
+        rows.append({**row, "d_model": given["d_model"], "options": given, "seed": seed, "checks": checks})
         if not as_json:
-            _print_checks(rows[-1], with_passed=len(on_cpu) == 1)
+            _print_checks(rows[-1], with_passed=len(fitting) == 1)
     if as_json:
         click.echo(json.dumps(rows, indent=1))
     if not all(row["ok"] for row in rows):
         context.exit(1)
+
+
+def _resolved(name: str, options: dict[str, Any], device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation that the suite will meet; a bad option, or one that can't run so, is said before it runs."""
+    from mixers import registry
+
+    try:
+        return registry.build(name, options).to(device, dtype).impl
+    except UserError:
+        raise
+    except Exception:  # noqa: BLE001  a stranger's mixer may raise anything: the suite reports it as a finding
+        return "unknown"
+
+
+def _options(given: tuple[str, ...]) -> dict[str, Any]:
+    """``key=value`` as a TOML value, or as text where it is none."""
+    found: dict[str, Any] = {}
+    for item in given:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise UserError(f"check: --option {item!r} isn't KEY=VALUE")
+        try:
+            found[key] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[key] = value
+    return found
 
 
 def _print_checks(row: dict[str, Any], with_passed: bool) -> None:
@@ -181,7 +234,10 @@ def _print_checks(row: dict[str, Any], with_passed: bool) -> None:
             status = f"[{style}]{check['status'].replace('_', ' ')}[/]"
             table.add_row(check["name"], status, escape(check["message"].removeprefix(f"{check['name']}: ")))
     console = Console()
-    console.print(f"[bold]{row['name']}[/] {verdict}: {n_passed} of {len(checks)} checks passed in {seconds:.1f} s")
+    console.print(
+        f"[bold]{row['name']}[/] {verdict}: {n_passed} of {len(checks)} checks passed in {seconds:.1f} s "
+        f"({row['impl']}, {row['device']}, {row['dtype']})"
+    )
     if table.row_count:
         console.print(table)
 

@@ -7,7 +7,7 @@ from mixers.contract.checks import CHECKS
 from mixers.contract.errors import ContractError, NotApplicable
 from mixers.contract.excuses import declared_excuses
 from mixers.contract.report import CheckResult, Report
-from mixers.contract.runner import check_mixer, parametrize, require, run_check
+from mixers.contract.runner import check_mixer, parametrize, require, require_device, run_check
 
 __all__ = [
     "CHECKS",
@@ -19,5 +19,6 @@ __all__ = [
     "declared_excuses",
     "parametrize",
     "require",
+    "require_device",
     "run_check",
 ]

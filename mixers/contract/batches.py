@@ -7,7 +7,7 @@ import torch
 from mixers.base import Mixer
 from mixers.contract.errors import ContractError
 from mixers.contract.subject import (
-    FLOAT64_LIMIT,
+    LIMITS,
     Subject,
     difference,
     n_tokens_to_try,
@@ -28,7 +28,7 @@ def batch(subject: Subject) -> None:
         alone = torch.cat([run_in_parts(mixer, row[None], lengths)[0] for row in x])
     if mixer.state_scope == "sequence":
         require_same(together, alone, "output of a sequence in a batch, against the same sequence alone")
-    elif difference(together, alone)[0] <= FLOAT64_LIMIT:
+    elif difference(together, alone)[0] <= LIMITS[x.dtype]:
         raise ContractError("declared scope 'shared', but a sequence gives the same alone and in a batch")
 
 
@@ -37,7 +37,7 @@ def full_mask(subject: Subject) -> None:
     mixer = subject.build()
     n_tokens = n_tokens_to_try(mixer)
     x = subject.tokens(mixer, 2, n_tokens)
-    mask = torch.ones(2, n_tokens, dtype=torch.bool)
+    mask = subject.mask(2, n_tokens)
     y = mixer(x).y
     require_same(mixer(x, mask=mask).y, y, "output with a mask that masks nothing, against none")
     state = mixer(x[:, :8], return_state=True).state
@@ -52,7 +52,7 @@ def padding(subject: Subject) -> None:
     mixer = subject.build()
     n_tokens = n_tokens_to_try(mixer)
     x = subject.tokens(mixer, 3, n_tokens)
-    mask = torch.ones(3, n_tokens, dtype=torch.bool)
+    mask = subject.mask(3, n_tokens)
     mask[0, :3] = False
     mask[1, 7:9] = False
     y = mixer(x, mask=mask).y

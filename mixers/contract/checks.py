@@ -16,6 +16,7 @@ from mixers.contract import (
     purity,
     shapes,
     states,
+    twin,
 )
 from mixers.contract.subject import Subject
 
@@ -47,5 +48,6 @@ CHECKS: dict[str, Check] = {
         cost.flops,
         numerics.bf16,
         numerics.compile,
+        twin.twin,
     )
 }

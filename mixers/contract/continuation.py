@@ -57,7 +57,7 @@ def initial_state(subject: Subject) -> None:
     """Starting from initial_state equals starting from None, in outputs and in the state after it."""
     mixer = subject.build()
     x = subject.tokens(mixer, 2, 13)
-    start = mixer.initial_state(2, device="cpu", dtype=x.dtype)
+    start = mixer.initial_state(2, device=subject.device, dtype=x.dtype)
     if (start is None) != (mixer.state_growth == "none"):
         raise ContractError(f"declared growth {mixer.state_growth!r}, but initial_state gives {type(start).__name__}")
     none, given = mixer(x, return_state=True), mixer(x, start, return_state=True)

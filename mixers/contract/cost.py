@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixers.base import Mixer
 from mixers.contract.errors import ContractError
 from mixers.contract.subject import Subject
 
@@ -24,11 +23,11 @@ BAG_FLOPS = {torch.ops.aten._embedding_bag: bag_flops, torch.ops.aten._embedding
 
 def flops(subject: Subject) -> None:
     """flops_per_token(context) is what torch counts on the readable path for one token after 0, 3, 11 others."""
-    mixer = _readable(subject.build())
+    mixer = subject.readable(torch.float64)
     for context in CONTEXTS:
-        state = mixer(subject.tokens(mixer, 1, context), return_state=True).state
+        state = mixer(subject.tokens(mixer, 1, context, torch.float64), return_state=True).state
         with FlopCounterMode(display=False, custom_mapping=BAG_FLOPS) as counter:
-            mixer(subject.tokens(mixer, 1, 1), state)
+            mixer(subject.tokens(mixer, 1, 1, torch.float64), state)
         declared, counted = mixer.flops_per_token(context), counter.get_total_flops()
         if declared != counted:
             raise ContractError(
@@ -36,11 +35,3 @@ def flops(subject: Subject) -> None:
                 position=f"context {context}",
                 size=abs(declared - counted),
             )
-
-
-def _readable(mixer: Mixer) -> Mixer:
-    """The same mixer with ``impl='reference'``, where that is an option."""
-    if "impl" not in type(mixer.config).model_fields or mixer.config.impl == "reference":
-        return mixer
-    values = {**mixer.config.model_dump(), "impl": "reference"}
-    return type(mixer)(type(mixer.config).parse(values, "contract")).double()

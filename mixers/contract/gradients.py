@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixers.base import Mixer
-from mixers.contract.errors import ContractError
+from mixers.contract.errors import ContractError, NotApplicable
 from mixers.contract.subject import Subject, n_tokens_to_try, require_finite, weighted_sum
 
 N_POINTS = 5
@@ -34,13 +34,15 @@ def finite_differences(subject: Subject) -> None:
 
     Most of some inputs must agree, not all: close to a tie, a hard choice such as top-k jumps between both ends.
     """
+    if subject.dtype != torch.float64:
+        raise NotApplicable(f"works in {subject.dtype}, where rounding hides what a small step changes")
     mixer = subject.build()
     shape = subject.tokens(mixer, 2, n_tokens_to_try(mixer)).shape
     parameters = [parameter for parameter in mixer.parameters() if parameter.requires_grad]
     for what in ("inputs", "parameters") if parameters else ("inputs",):
         slopes = []
         for _ in range(N_POINTS):
-            x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+            x = torch.randn(shape, dtype=torch.float64, device=subject.device, requires_grad=True)
             slopes.append(_slopes(mixer, x, [x] if what == "inputs" else parameters))
         found = sorted(slopes, key=_distance)[N_POINTS // 2]
         allowed = DERIVATIVE_LIMIT * max(1.0, found.norm)

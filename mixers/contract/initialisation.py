@@ -16,7 +16,7 @@ POISONS = (float("nan"), 7.0)
 
 def reset(subject: Subject) -> None:
     """After NaN or 7 in every parameter and buffer, reset_parameters writes all of them, from the seed alone."""
-    mixer = subject.build(torch.float32)
+    mixer = subject.build(subject.storage_dtype)
     results = []
     for poison in POISONS:
         for tensor in _tensors(mixer).values():

@@ -43,13 +43,13 @@ def bf16(subject: Subject) -> None:
     Compared is the median over the tokens of each token's error, because near a tie a hard choice such as top-k
     may flip at some of them.
     """
-    exact = subject.build()
-    x = subject.tokens(exact, 2, n_tokens_to_try(exact))
+    exact = subject.readable(torch.float64)
+    x = subject.tokens(exact, 2, n_tokens_to_try(exact), torch.float64)
     with torch.no_grad():
         y = exact(x).y
-        rounded = subject.build(torch.bfloat16).double()
+        rounded = subject.readable(torch.bfloat16).double()
         unavoidable = _median_norm(rounded(x.bfloat16().double()).y - y)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(subject.device.type, dtype=torch.bfloat16):
             found = subject.build(torch.float32)(x.float()).y
     require_finite(found, "output under autocast to bfloat16")
     size = _median_norm(found.double() - y)
@@ -69,9 +69,10 @@ def _median_norm(x: Tensor) -> float:
 
 
 def compile(subject: Subject) -> None:
-    """torch.compile gives the same outputs (backend ``aot_eager``) and gradients (``eager``): traced as for a GPU,
-    but run without a compiler.
+    """torch.compile gives the same outputs and gradients: on CUDA by ``inductor``; elsewhere outputs by ``aot_eager``
+    and gradients by ``eager``, traced as for a GPU but run without a compiler.
     """
+    on_cuda = subject.device.type == "cuda"
     mixer = subject.build()
     x = subject.tokens(mixer, 2, n_tokens_to_try(mixer))
     weights = torch.randn_like(x)
@@ -81,12 +82,12 @@ def compile(subject: Subject) -> None:
     gradients = torch.autograd.grad(weighted_sum(mixer, x, weights), tensors, allow_unused=True)
     try:
         torch._dynamo.reset()
-        compiled = torch.compile(mixer, backend="aot_eager", dynamic=False)
+        compiled = torch.compile(mixer, backend="inductor" if on_cuda else "aot_eager", dynamic=False)
         require_same(compiled(x).y, y, "compiled output, against eager")
         # Not by aot_eager: its backward graph fixes views to strides that its own operations do not always keep
         # (github.com/pytorch/pytorch/issues/120035); inductor has no such trouble.
         torch._dynamo.reset()
-        traced = torch.compile(mixer, backend="eager", dynamic=False)
+        traced = torch.compile(mixer, backend="inductor" if on_cuda else "eager", dynamic=False)
         found = torch.autograd.grad(weighted_sum(traced, x, weights), tensors, allow_unused=True)
     finally:
         torch._dynamo.reset()

@@ -27,10 +27,10 @@ def purity(subject: Subject) -> None:
         state = map_state(lambda part: part.detach().clone(), subject.build()(x, return_state=True).state)
         before = {"x": x.clone(), **_tensors(mixer), **_state(state)}
         attributes = _attributes(mixer)
-        generator = torch.get_rng_state()
+        generator = _generators(subject)
         mixer(x, state, return_state=True)
         where = "training" if training else "evaluation"
-        if not torch.equal(torch.get_rng_state(), generator):
+        if not torch.equal(_generators(subject), generator):
             raise ContractError("forward draws from the global random generator", position=where)
         for name, now in {"x": x, **_live_tensors(mixer), **_state(state)}.items():
             if name not in before:
@@ -39,6 +39,14 @@ def purity(subject: Subject) -> None:
         for name, value in _attributes(mixer).items():
             if name not in attributes or attributes[name] is not value:
                 raise ContractError(f"forward sets the attribute {name}", position=where)
+
+
+def _generators(subject: Subject) -> torch.Tensor:
+    """Where torch's global generators stand: the CPU's, and the device's own."""
+    states = [torch.get_rng_state()]
+    if subject.device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(subject.device))
+    return torch.cat(states)
 
 
 def _require_unchanged(now: torch.Tensor, before: torch.Tensor, name: str, where: str) -> None:

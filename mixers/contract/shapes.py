@@ -11,7 +11,8 @@ from mixers.contract.subject import Subject, n_tokens_to_try, require_finite
 
 def shapes(subject: Subject) -> None:
     """y has the shape and dtype of x for T = 0, 1, odd and long; aux holds finite scalars; no state unless asked."""
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    wide = (torch.float32, torch.float64) if subject.dtype == torch.float64 else (subject.dtype,)
+    for dtype in dict.fromkeys((*wide, torch.bfloat16)):
         mixer = subject.build(dtype)
         for n_tokens in (0, 1, 13, 2 * n_tokens_to_try(mixer) + 1):
             where = f"T={n_tokens}, {dtype}"

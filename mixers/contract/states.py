@@ -19,7 +19,7 @@ def state_growth(subject: Subject) -> None:
     ``constant``: equal at all T, or at all T of equal distance from the last whole chunk where there is
     ``chunk_size``. ``linear``: by the same amount for each chunk or token. ``window``: up to a bound.
     """
-    mixer = subject.build(torch.float32)
+    mixer = subject.build(subject.storage_dtype)
     growth = mixer.state_growth
     if growth not in GROWTHS:
         raise ContractError(f"declared growth {growth!r} isn't one of {', '.join(GROWTHS)}")
@@ -47,7 +47,7 @@ def state_growth(subject: Subject) -> None:
 
 def state_scope(subject: Subject) -> None:
     """Scope ``sequence``: every sequence adds the same bytes. Scope ``shared``: none."""
-    mixer = subject.build(torch.float32)
+    mixer = subject.build(subject.storage_dtype)
     if mixer.state_growth == "none":
         raise NotApplicable("declared without a state")
     if mixer.state_scope not in ("sequence", "shared"):
@@ -64,11 +64,11 @@ def state_scope(subject: Subject) -> None:
 
 def state_storage(subject: Subject) -> None:
     """A detached state keeps no more memory alive than its own bytes: no views into large buffers."""
-    mixer = subject.build(torch.float32)
+    mixer = subject.build(subject.storage_dtype)
     if mixer.state_growth == "none":
         raise NotApplicable("declared without a state")
     for n_tokens in (1, n_tokens_to_try(mixer), 3 * (chunk_size(mixer) or 8)):
-        state = detach_state(mixer(subject.tokens(mixer, 2, n_tokens, torch.float32), return_state=True).state)
+        state = detach_state(mixer(subject.tokens(mixer, 2, n_tokens, subject.storage_dtype), return_state=True).state)
         # Tensors of the module itself are kept alive by it: a state that shares them costs nothing.
         own = {tensor.untyped_storage().data_ptr() for tensor in (*mixer.parameters(), *mixer.buffers())}
         kept = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in state_tensors(state)}
@@ -84,4 +84,6 @@ def state_storage(subject: Subject) -> None:
 
 def _bytes(subject: Subject, mixer: Mixer, n_sequences: int, n_tokens: int) -> int:
     with torch.no_grad():
-        return state_bytes(mixer(subject.tokens(mixer, n_sequences, n_tokens, torch.float32), return_state=True).state)
+        return state_bytes(
+            mixer(subject.tokens(mixer, n_sequences, n_tokens, subject.storage_dtype), return_state=True).state
+        )

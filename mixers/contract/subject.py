@@ -13,26 +13,61 @@ from mixers.contract.errors import ContractError
 
 # Tokens that a check needs at least, and those behind the last whole chunk, so that lengths are odd.
 MIN_TOKENS, TAIL_TOKENS = 21, 5
-# Two ways to the same float64 number differ by rounding only.
-FLOAT64_LIMIT = 1e-9
+# How far two ways to the same number may be apart. In float64 by rounding only; a kernel that works in float32 may
+# multiply in TF32 (10 bits), one in bfloat16 rounds every operand to 8.
+LIMITS = {torch.float64: 1e-9, torch.float32: 1e-2, torch.bfloat16: 5e-2}
 
 
 class Subject:
-    """A mixer under test: rebuilt afresh for each check, always from the same seed."""
+    """A mixer under test: rebuilt afresh for each check, always from the same seed, on ``device`` and in ``dtype``.
 
-    def __init__(self, build: Callable[[], Mixer], seed: int) -> None:
+    ``dtype`` is float64 wherever the implementation can compute in it: there every limit is rounding.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], Mixer],
+        seed: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
         self._build = build
         self.seed = seed
+        self.device = torch.device(device)
+        self.dtype = dtype
 
-    def build(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Mixer:
-        """The mixer in ``dtype``, initialised from this subject's seed and ``seed``."""
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """What states are weighed in: float32, as in training, unless the mixer works in less."""
+        return torch.float32 if self.dtype == torch.float64 else self.dtype
+
+    def build(self, dtype: torch.dtype | None = None, seed: int = 0) -> Mixer:
+        """The mixer in ``dtype`` (the subject's unless given), initialised from this subject's seed and ``seed``."""
         torch.manual_seed(1000 * self.seed + seed)
-        return self._build().to(dtype)
+        return self._build().to(self.device, self.dtype if dtype is None else dtype)
 
-    def tokens(self, mixer: Mixer, n_sequences: int, n_tokens: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    def readable(self, dtype: torch.dtype | None = None) -> Mixer:
+        """The twin with ``impl='reference'``, of the same weights; the mixer itself where that is no option."""
+        dtype = self.dtype if dtype is None else dtype
+        mixer = self.build(dtype)
+        if "impl" not in type(mixer.config).model_fields or mixer.config.impl == "reference":
+            return mixer
+        values = {**mixer.config.model_dump(), "impl": "reference"}
+        twin = type(mixer)(type(mixer.config).parse(values, "contract")).to(
+            self.device, self.dtype if dtype is None else dtype
+        )
+        twin.load_state_dict(mixer.state_dict())
+        return twin
+
+    def tokens(self, mixer: Mixer, n_sequences: int, n_tokens: int, dtype: torch.dtype | None = None) -> Tensor:
         """Normal inputs (B,T,D) that depend on the subject's seed and their shape only."""
         torch.manual_seed(zlib.crc32(f"{self.seed},{n_sequences},{n_tokens}".encode()))
-        return torch.randn(n_sequences, n_tokens, mixer.config.d_model, dtype=torch.float64).to(dtype)
+        drawn = torch.randn(n_sequences, n_tokens, mixer.config.d_model, dtype=torch.float64)
+        return drawn.to(self.device, self.dtype if dtype is None else dtype)
+
+    def mask(self, n_sequences: int, n_tokens: int) -> Tensor:
+        """A mask (B,T) that masks nothing."""
+        return torch.ones(n_sequences, n_tokens, dtype=torch.bool, device=self.device)
 
 
 def chunk_size(mixer: Mixer) -> int | None:
@@ -73,8 +108,12 @@ def difference(found: Tensor, expected: Tensor) -> tuple[float, tuple[int, ...]]
     return float(gap.max()), tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), gap.shape))
 
 
-def require_same(found: Tensor, expected: Tensor, what: str, limit: float = FLOAT64_LIMIT) -> None:
-    """Raise unless both are equal to ``limit``, taken relative to the largest expected value above 1."""
+def require_same(found: Tensor, expected: Tensor, what: str, limit: float | None = None) -> None:
+    """Raise unless both are equal to ``limit`` (that of their dtype unless given).
+
+    It is relative to the largest expected value: in float64 to that above 1, where less is noise anyway; in less
+    precision to any.
+    """
     if found.shape != expected.shape:
         raise ContractError(f"{what}: shape {tuple(found.shape)} instead of {tuple(expected.shape)}")
     if found.dtype != expected.dtype:
@@ -82,7 +121,9 @@ def require_same(found: Tensor, expected: Tensor, what: str, limit: float = FLOA
     if found.numel() == 0:
         return
     size, index = difference(found, expected)
-    allowed = limit * max(1.0, float(expected.detach().double().abs().nan_to_num(0.0, 0.0, 0.0).max()))
+    limit = LIMITS.get(expected.dtype, 0.0) if limit is None else limit
+    largest = float(expected.detach().double().abs().nan_to_num(0.0, 0.0, 0.0).max())
+    allowed = limit * (max(1.0, largest) if expected.dtype == torch.float64 else largest)
     if not size <= allowed:
         raise ContractError(f"{what}, differs", position=place(index), size=size, allowed=allowed)
 

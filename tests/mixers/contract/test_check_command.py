@@ -44,9 +44,19 @@ def check(*args: str) -> subprocess.CompletedProcess[str]:
 def test_a_mixer_that_passes() -> None:
     done = check("softmax", "--seed", "2")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "softmax keeps the contract: 21 of 22 checks passed" in done.stdout
+    assert "softmax keeps the contract: 22 of 23 checks passed" in done.stdout
     assert "nan_in_future" in done.stdout
     assert "excused" in done.stdout
+
+
+def test_options_reach_the_mixer(tmp_path: Path) -> None:
+    done = check("softmax", "-o", "window=4", "-o", "impl=reference", "--dtype", "float32", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads(done.stdout)
+    assert row["options"] == {"d_model": 16, "window": 4, "impl": "reference"}
+    assert (row["impl"], row["dtype"], row["device"]) == ("reference", "float32", "cpu")
+    statuses = {c["name"]: c["status"] for c in row["checks"]}
+    assert statuses["finite_differences"] == statuses["twin"] == "not_applicable"
 
 
 def test_failures_exit_with_one_and_never_show_a_traceback(tmp_path: Path) -> None:
@@ -64,7 +74,7 @@ def test_failures_exit_with_one_and_never_show_a_traceback(tmp_path: Path) -> No
 
     table = check("crashes", "--plugin", str(plugin))
     assert table.returncode == 1
-    assert "crashes breaks the contract: 0 of 22 checks passed" in table.stdout
+    assert "crashes breaks the contract: 0 of 23 checks passed" in table.stdout
     assert "no disk [left]" in table.stdout
 
 
@@ -76,8 +86,14 @@ def test_mistakes_exit_with_two_and_one_line(tmp_path: Path) -> None:
         (("softmax", "--all"), "check: name one or more mixers, or give --all"),
         (
             ("gpu_only", "--plugin", str(plugin)),
-            "check: mixer 'gpu_only' runs on cuda only, and the suite on the CPU; leave it out",
+            "check: mixer 'gpu_only' runs on cuda only, and the suite on cpu; leave it out, or give --device",
         ),
+        (("softmax", "-o", "window"), "check: --option 'window' isn't KEY=VALUE"),
+        (
+            ("softmax", "-o", "windo=4"),
+            "mixer 'softmax': windo: unknown key; did you mean 'window'?",
+        ),
+        (("softmax", "--device", "tpu"), "check: device 'tpu' is neither cpu nor cuda"),
         (("softmaxx",), "unknown mixer 'softmaxx'; did you mean 'softmax'?"),
         (("softmax", "--plugin", str(tmp_path / "no.py")), f"--plugin {tmp_path / 'no.py'}: no such file"),
     ):

@@ -1,0 +1,54 @@
+"""The shipped contract suite on CUDA: every registered mixer, with every implementation that it has there."""
+
+from __future__ import annotations
+
+import typing
+
+import pytest
+import torch
+
+from mixers import contract, registry
+from mixers.implementations import FLASH_ATTN_MISSING, FLA_MISSING
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+D = 64
+# Kernels compute in less than float64; some in half precision only.
+KERNEL_DTYPES = {("rwkv7", "fla"): torch.bfloat16, ("softmax", "flash_attn"): torch.bfloat16}
+MISSING = {"fla": FLA_MISSING, "flash_attn": FLASH_ATTN_MISSING}
+# Small, as in the tests on the CPU: (mixer, options).
+SMALL = {"pkm": {"n_subkeys": 8, "key_dim": 8, "value_dim": 16, "top_k": 4}}
+# By (mixer, implementation): what such a kernel may fail, and why.
+EXCUSES: dict[tuple[str, str], dict[str, str]] = {}
+
+
+def implementations(name: str) -> list[str]:
+    """Values of the option ``impl``, but ``auto``; those without the option have the one."""
+    field = registry.get(name).Config.model_fields.get("impl")
+    if field is None:
+        return ["reference"]
+    return [value for value in typing.get_args(field.annotation) if value != "auto"]
+
+
+CASES = [(name, impl) for name in registry.names() for impl in implementations(name)]
+
+
+@pytest.mark.parametrize("check", contract.CHECKS)
+@pytest.mark.parametrize(("name", "impl"), [pytest.param(n, i, id=f"{n}-{i}") for n, i in CASES])
+def test_contract(name: str, impl: str, check: str) -> None:
+    if MISSING.get(impl):
+        pytest.skip(f"needs the package {' and '.join(MISSING[impl])}")
+    cls = registry.get(name)
+    options = {"d_model": D, **SMALL.get(name, {})}
+    if "impl" in cls.Config.model_fields:
+        options["impl"] = impl
+    contract.require(
+        check,
+        lambda: registry.build(name, options),
+        excuses={**contract.declared_excuses(cls), **EXCUSES.get((name, impl), {})},
+        device="cuda",
+        dtype=KERNEL_DTYPES.get((name, impl), torch.float32 if impl == "fla" else torch.float64),
+    )
