@@ -43,4 +43,4 @@ def _readable(mixer: Mixer) -> Mixer:
     if "impl" not in type(mixer.config).model_fields or mixer.config.impl == "reference":
         return mixer
     values = {**mixer.config.model_dump(), "impl": "reference"}
-    return type(mixer)(type(mixer.config).parse(values, "contract")).double()
+    return type(mixer)(type(mixer.config).parse(values, "contract")).double().train(mixer.training)

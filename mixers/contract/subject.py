@@ -25,9 +25,13 @@ class Subject:
         self.seed = seed
 
     def build(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Mixer:
-        """The mixer in ``dtype``, initialised from this subject's seed and ``seed``."""
+        """The mixer in ``dtype``, initialised from this subject's seed and ``seed``.
+
+        In evaluation where it declares ``batch_statistics``: training is not meant to keep the rules on tokens.
+        """
         torch.manual_seed(1000 * self.seed + seed)
-        return self._build().to(dtype)
+        mixer = self._build().to(dtype)
+        return mixer.eval() if mixer.batch_statistics else mixer
 
     def tokens(self, mixer: Mixer, n_sequences: int, n_tokens: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """Normal inputs (B,T,D) that depend on the subject's seed and their shape only."""
