@@ -11,6 +11,9 @@ OPTIONS = {
         {"n_heads": 2},
         {"n_heads": 4, "n_kv_heads": 2, "window": 4, "qk_norm": True},
         {"impl": "reference", "yarn_factor": 4.0, "yarn_original_length": 8},
+        {"n_heads": 2, "sink_logits": True},
+        {"n_heads": 4, "n_kv_heads": 2, "window": 4, "sink_tokens": 2, "sink_logits": True},
+        {"impl": "reference", "window": 3, "sink_tokens": 5, "qk_norm": True},
     ],
     "linear_attention": [
         {"n_heads": 2, "chunk_size": 4},
