@@ -3,9 +3,14 @@
 All take q (B,H,T,K), k (B,G,S,K) and v (B,G,S,V) with G key heads, each shared by H/G neighbouring query heads,
 and S >= T: the keys end with those of the T queries, so that query i has index S-T+i. ``window`` w lets a query
 see its own key and the w-1 before it. All return (B,H,T,V), scaled by K^-0.5.
+
+The first two take two kinds of sinks. :class:`Sinks` are keys that stay visible behind the window. ``sink_logits``
+(H,) are one more logit in each head's softmax, which has no value: w_s = exp(l_s) / (exp(sink_h) + sum_s' exp(l_s')).
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +20,22 @@ from mixers.errors import UserError
 
 # Queries per block of windowed attention: at least so many, so that short windows don't mean many small kernels.
 MIN_BLOCK_TOKENS = 64
+# Channels that a sink's logit adds to queries and keys: one would do, but the fused kernels like multiples of 8.
+LOGIT_CHANNELS = 8
+# Where a key stands that is behind every window.
+BEFORE_ALL = -(2**62)
+
+
+class Sinks(NamedTuple):
+    """Keys that a query sees once its window has passed them.
+
+    keys (B,G,n,K), values (B,G,n,V); index (B,n) or (1,n) int64, where they stand as counted from the first of the S
+    keys, below 0 when before it; None: seen by all queries.
+    """
+
+    keys: Tensor
+    values: Tensor
+    index: Tensor | None
 
 
 def allowed_pairs(
@@ -34,22 +55,66 @@ def allowed_pairs(
     return allowed
 
 
-def attend_reference(q: Tensor, k: Tensor, v: Tensor, window: int | None, valid: Tensor | None) -> Tensor:
+def _join_sinks(
+    sinks: Sinks, k: Tensor, v: Tensor, allowed: Tensor, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values with the sinks before them, and which of these each query sees, (B or 1,1,T,n+S).
+
+    A query sees a sink from the token on at which the window no longer holds it: never twice, never ahead of it.
+    """
+    n_queries, n_keys = allowed.shape[-2:]
+    if sinks.index is None:
+        seen = allowed.new_ones(1, 1, n_queries, sinks.keys.shape[2])
+    else:
+        query = torch.arange(n_keys - n_queries, n_keys, device=k.device)[:, None]
+        seen = sinks.index[:, None, None, :] <= query - (window or 0)
+    rows = torch.broadcast_shapes(seen.shape[:-1], allowed.shape[:-1])
+    pairs = torch.cat([part.expand(*rows, part.shape[-1]) for part in (seen, allowed)], dim=-1)
+    return torch.cat([sinks.keys, k], dim=2), torch.cat([sinks.values, v], dim=2), pairs
+
+
+def attend_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    valid: Tensor | None,
+    sinks: Sinks | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
     """softmax(q k^T K^-0.5 + mask) v with all T x S scores; half dtypes are normalised in float32."""
+    allowed = allowed_pairs(q.shape[2], k.shape[2], window, valid, q.device)
+    if sinks is not None:
+        k, v, allowed = _join_sinks(sinks, k, v, allowed, window)
     n_shared = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(n_shared, dim=1) for x in (k, v))
-    allowed = allowed_pairs(q.shape[2], k.shape[2], window, valid, q.device)
     scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
-    weights = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1)
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    if sink_logits is not None:
+        column = sink_logits.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]
+    else:
+        weights = scores.softmax(dim=-1)
     return weights.to(v.dtype) @ v
 
 
-def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None, valid: Tensor | None) -> Tensor:
-    """The same by ``scaled_dot_product_attention``. With a window the work grows with T w, not with T S."""
-    n_queries, n_keys = q.shape[2], k.shape[2]
+def attend_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    valid: Tensor | None,
+    sinks: Sinks | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """The same by ``scaled_dot_product_attention``. With a window the work grows with T (w + n), not with T S."""
+    n_queries, n_keys, value_dim = q.shape[2], k.shape[2], v.shape[3]
+    scale = q.shape[-1] ** -0.5
+    if sink_logits is not None:
+        q, k, v, sinks = _logits_as_key(q, k, v, sinks, sink_logits)
     block = n_queries if window is None else max(window, MIN_BLOCK_TOKENS)
     if n_queries <= block:
-        return _sdpa(q, k, v, window, valid)
+        return _sdpa(q, k, v, window, valid, sinks, scale)[..., :value_dim]
     assert window is not None
     parts = []
     for start in range(0, n_queries, block):
@@ -57,24 +122,63 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None, valid: Tens
         last = n_keys - n_queries + stop
         first = max(0, last - (stop - start) - (window - 1))
         seen = None if valid is None else valid[:, first:last]
-        parts.append(_sdpa(q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last], window, seen))
-    return torch.cat(parts, dim=2)
+        behind = sinks
+        if sinks is not None and sinks.index is not None:
+            behind = sinks._replace(index=sinks.index - first)
+        near_k, near_v = k[:, :, first:last], v[:, :, first:last]
+        parts.append(_sdpa(q[:, :, start:stop], near_k, near_v, window, seen, behind, scale))
+    return torch.cat(parts, dim=2)[..., :value_dim]
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None, valid: Tensor | None) -> Tensor:
+def _logits_as_key(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Sinks | None, sink_logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Sinks]:
+    """Sink logits for a kernel that knows keys only: one more key, of value zero, that every query sees.
+
+    It is the unit vector of a new channel, in which all other keys are zero and every query holds sink_h K^0.5: its
+    scaled product is sink_h. The logit sits in the queries because key heads may be shared. As the log of the sum of
+    exponentials that the kernels keep has no gradient, dividing it out afterwards would train no sink.
+    """
+    n_sequences, n_key_heads, _, key_dim = k.shape
+    width = key_dim + LOGIT_CHANNELS
+    logits = (sink_logits * key_dim**0.5).to(q.dtype)[:, None, None].expand(*q.shape[:3], 1)
+    q = functional.pad(torch.cat([q, logits], dim=-1), (0, LOGIT_CHANNELS - 1))
+    unit = functional.one_hot(torch.tensor(key_dim, device=k.device), width).to(k.dtype)
+    key = unit.expand(n_sequences, n_key_heads, 1, width)
+    value = torch.zeros_like(key)
+    k, v = (functional.pad(x, (0, width - x.shape[-1])) for x in (k, v))
+    if sinks is None:
+        return q, k, v, Sinks(key, value, None)
+    assert sinks.index is not None
+    index = functional.pad(sinks.index, (1, 0), value=BEFORE_ALL)
+    keys, values = (functional.pad(x, (0, width - x.shape[-1])) for x in (sinks.keys, sinks.values))
+    return q, k, v, Sinks(torch.cat([key, keys], dim=2), torch.cat([value, values], dim=2), index)
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, valid: Tensor | None, sinks: Sinks | None, scale: float
+) -> Tensor:
     n_queries, n_keys = q.shape[2], k.shape[2]
-    grouped = q.shape[1] != k.shape[1]
-    whole = valid is None and (window is None or n_keys <= window)
-    if whole and n_queries == n_keys:
-        return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    if whole and n_queries == 1:  # one more token sees the whole cache
-        return functional.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+    options = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    whole = valid is None and (window is None or n_keys <= window) and (sinks is None or sinks.index is None)
+    if whole and n_queries in (1, n_keys):
+        n_before = 0
+        if sinks is not None:
+            # A query of zeros for each sink keeps the causal triangle: it can then go without a mask.
+            n_before = sinks.keys.shape[2]
+            k, v = torch.cat([sinks.keys, k], dim=2), torch.cat([sinks.values, v], dim=2)
+        if n_queries == 1:  # one more token sees the whole cache
+            return functional.scaled_dot_product_attention(q, k, v, **options)
+        q = functional.pad(q, (0, 0, n_before, 0))
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True, **options)[:, :, n_before:]
     allowed = allowed_pairs(n_queries, n_keys, window, valid, q.device)
-    return functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=grouped)
+    if sinks is not None:
+        k, v, allowed = _join_sinks(sinks, k, v, allowed, window)
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed, **options)
 
 
 def attend_flash(q: Tensor, k: Tensor, v: Tensor, window: int | None, valid: Tensor | None, place: str) -> Tensor:
-    """The same by the flash-attn package: CUDA, float16 or bfloat16, no padding.
+    """The same by the flash-attn package: CUDA, float16 or bfloat16, no padding, no sinks.
 
     Raises:
         UserError: the tensors are elsewhere or of another dtype, or there is padding.

@@ -63,7 +63,8 @@ class MixerOutput(NamedTuple):
 class Mixer(nn.Module, ABC):
     """A layer (B,T,D) -> (B,T,D) that mixes tokens of a sequence.
 
-    ``forward`` changes nothing in the module: ``y, s = m(x[:, :i])`` then ``m(x[:, i:], s)`` equals one call.
+    ``forward`` changes nothing in the module: ``y, s = m(x[:, :i])`` then ``m(x[:, i:], s)`` equals one call. The
+    exception, in training, is what ``batch_statistics`` names.
     The mixer owns its initialisation; whoever builds a model around it never overrides it.
     """
 
@@ -117,6 +118,15 @@ class Mixer(nn.Module, ABC):
         """The resolved growth of this instance's state: ``none``, ``constant``, ``linear`` or ``window``."""
         assert self.traits.state_growth != "config", f"{type(self).__name__} must override state_growth"
         return self.traits.state_growth
+
+    @property
+    def batch_statistics(self) -> tuple[str, ...]:
+        """Names of the buffers that forward writes in training: running averages of a batch normalisation.
+
+        The one declared exception to purity. In training, outputs of such a layer depend on all tokens of the call;
+        it keeps the whole contract in evaluation.
+        """
+        return ()
 
     def parameter_options(self) -> dict[str, ParameterOptions]:
         """Optimiser options of own parameters by name; unnamed ones get the trainer's rules."""

@@ -89,3 +89,11 @@ def read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
         per_sample_weights=weights.reshape(-1, n_read),
     )
     return rows.view(n_memories, -1, value_dim)
+
+
+def dot_rows(values: Tensor, slots: Tensor, x: Tensor) -> Tensor:
+    """<values[slot_j], x>: values (M,N,V), slots (M,S,J) and x (M,S,V) -> (M,S,J). The rows (M,S,J,V) are formed."""
+    n_memories, n_slots, value_dim = values.shape
+    offsets = torch.arange(n_memories, device=slots.device).view(-1, 1, 1) * n_slots
+    rows = F.embedding(slots + offsets, values.reshape(-1, value_dim))
+    return torch.einsum("msjv,msv->msj", rows, x)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixers.base import map_state, state_tensors
+from mixers.base import Mixer, map_state, state_tensors
 from mixers.contract.errors import ContractError
 from mixers.contract.subject import Subject
 
@@ -16,8 +16,8 @@ CONTAINERS = frozenset({"_parameters", "_buffers", "_modules"})
 
 
 def purity(subject: Subject) -> None:
-    """forward leaves parameters, buffers, attributes, training flag, generator, x and state as they
-    were.
+    """forward leaves parameters, buffers, attributes, training flag, generator, x and state as they were. In training
+    it writes exactly the buffers that ``batch_statistics`` names.
     """
     for training in (True, False):
         mixer = subject.build().train(training)
@@ -26,6 +26,7 @@ def purity(subject: Subject) -> None:
         # and would hide the fault behind an error.
         state = map_state(lambda part: part.detach().clone(), subject.build()(x, return_state=True).state)
         before = {"x": x.clone(), **_tensors(mixer), **_state(state)}
+        statistics = _declared_statistics(mixer)
         attributes = _attributes(mixer)
         generator = _generators(subject)
         mixer(x, state, return_state=True)
@@ -35,7 +36,10 @@ def purity(subject: Subject) -> None:
         for name, now in {"x": x, **_live_tensors(mixer), **_state(state)}.items():
             if name not in before:
                 raise ContractError(f"forward adds {name}", position=where)
-            _require_unchanged(now, before[name], name, where)
+            if training and name in statistics:
+                _require_changed(now, before[name], name, where)
+            else:
+                _require_unchanged(now, before[name], name, where)
         for name, value in _attributes(mixer).items():
             if name not in attributes or attributes[name] is not value:
                 raise ContractError(f"forward sets the attribute {name}", position=where)
@@ -53,6 +57,19 @@ def _require_unchanged(now: torch.Tensor, before: torch.Tensor, name: str, where
     if not torch.equal(now, before):
         size = float((now.double() - before.double()).abs().max()) if now.shape == before.shape else None
         raise ContractError(f"forward changes {name}", position=where, size=size)
+
+
+def _require_changed(now: torch.Tensor, before: torch.Tensor, name: str, where: str) -> None:
+    if torch.equal(now, before):
+        raise ContractError(f"batch_statistics declares {name}, which forward doesn't write", position=where)
+
+
+def _declared_statistics(mixer: Mixer) -> set[str]:
+    """The names as in :func:`_live_tensors`. Only buffers: what an optimiser trains is never written in forward."""
+    unknown = set(mixer.batch_statistics) - {name for name, _ in mixer.named_buffers()}
+    if unknown:
+        raise ContractError(f"batch_statistics names {', '.join(sorted(unknown))}: no such buffer")
+    return {f"the parameter or buffer {name!r}" for name in mixer.batch_statistics}
 
 
 def _live_tensors(mixer: nn.Module) -> dict[str, torch.Tensor]:

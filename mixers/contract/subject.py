@@ -42,9 +42,13 @@ class Subject:
         return torch.float32 if self.dtype == torch.float64 else self.dtype
 
     def build(self, dtype: torch.dtype | None = None, seed: int = 0) -> Mixer:
-        """The mixer in ``dtype`` (the subject's unless given), initialised from this subject's seed and ``seed``."""
+        """The mixer in ``dtype`` (the subject's unless given), initialised from this subject's seed and ``seed``.
+
+        In evaluation where it declares ``batch_statistics``: training is not meant to keep the rules on tokens.
+        """
         torch.manual_seed(1000 * self.seed + seed)
-        return self._build().to(self.device, self.dtype if dtype is None else dtype)
+        mixer = self._build().to(self.device, self.dtype if dtype is None else dtype)
+        return mixer.eval() if mixer.batch_statistics else mixer
 
     def readable(self, dtype: torch.dtype | None = None) -> Mixer:
         """The twin with ``impl='reference'``, of the same weights; the mixer itself where that is no option."""
@@ -53,11 +57,9 @@ class Subject:
         if "impl" not in type(mixer.config).model_fields or mixer.config.impl == "reference":
             return mixer
         values = {**mixer.config.model_dump(), "impl": "reference"}
-        twin = type(mixer)(type(mixer.config).parse(values, "contract")).to(
-            self.device, self.dtype if dtype is None else dtype
-        )
+        twin = type(mixer)(type(mixer.config).parse(values, "contract")).to(self.device, dtype)
         twin.load_state_dict(mixer.state_dict())
-        return twin
+        return twin.train(mixer.training)
 
     def tokens(self, mixer: Mixer, n_sequences: int, n_tokens: int, dtype: torch.dtype | None = None) -> Tensor:
         """Normal inputs (B,T,D) that depend on the subject's seed and their shape only."""

@@ -11,6 +11,9 @@ OPTIONS = {
         {"n_heads": 2},
         {"n_heads": 4, "n_kv_heads": 2, "window": 4, "qk_norm": True},
         {"impl": "reference", "yarn_factor": 4.0, "yarn_original_length": 8},
+        {"n_heads": 2, "sink_logits": True},
+        {"n_heads": 4, "n_kv_heads": 2, "window": 4, "sink_tokens": 2, "sink_logits": True},
+        {"impl": "reference", "window": 3, "sink_tokens": 5, "qk_norm": True},
     ],
     "linear_attention": [
         {"n_heads": 2, "chunk_size": 4},
@@ -54,7 +57,16 @@ OPTIONS = {
         {"n_heads": 2, "key_dim": 4, "window": 4, "chunk_size": 4},
         {"n_heads": 4, "key_dim": 3, "window": 3, "chunk_size": 4, "combine": "split", "n_window_heads": 1},
     ],
-    "pkm": [{"n_subkeys": 8, "n_heads": 2, "key_dim": 8, "value_dim": 8, "top_k": 4}],
+    "pkm": [
+        {"n_subkeys": 8, "n_heads": 2, "key_dim": 8, "value_dim": 8, "top_k": 4},
+        {"n_subkeys": 6, "n_heads": 2, "key_dim": 6, "top_k": 3, "query_norm": "batch", "use_gate": False},
+        {"n_subkeys": 6, "top_k": 3, "query_norm": "none", "score": "idw", "train_keys": False, "value_lr_scale": 4.0},
+    ],
+    "peer": [
+        {"n_subkeys": 8, "n_heads": 2, "key_dim": 8, "top_k": 4},
+        {"n_subkeys": 6, "key_dim": 6, "top_k": 3, "query_norm": "batch", "expert_weights": "sigmoid"},
+        {"n_subkeys": 6, "top_k": 3, "shared_keys": False, "activation": "silu", "train_keys": False},
+    ],
     "fwpkm": [
         {"n_subkeys": 8, "key_dim": 8, "value_dim": 8, "top_k": 4, "chunk_size": 8},
         {"n_subkeys": 8, "key_dim": 8, "value_dim": 8, "top_k": 4, "chunk_size": 8, "scope": "shared"},

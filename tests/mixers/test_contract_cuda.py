@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixers import contract, registry
-from mixers.implementations import FLASH_ATTN_MISSING, FLA_MISSING
+from mixers.implementations import FLA_MISSING, FLASH_ATTN_MISSING
 
 pytestmark = [
     pytest.mark.cuda,

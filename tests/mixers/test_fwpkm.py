@@ -10,8 +10,6 @@ import torch
 from mixers.base import state_tensors
 from mixers.errors import UserError
 from mixers.fwpkm import FastWeightPKM, fast_weight_pkm
-from mixers.pkm import ProductKeyMemory
-from mixers.product_keys import select
 
 SIZES = {"B": 3, "T": 23, "H": 2, "K": 6, "V": 5, "n": 6, "k": 3, "C": 7}
 
@@ -184,25 +182,6 @@ def test_reads_see_only_earlier_chunks() -> None:
     assert not torch.equal(before[:, 7:], after[:, 7:])
 
 
-def test_product_keys_find_the_best_slots() -> None:
-    """Against scoring all n*n slots."""
-    generator = torch.Generator().manual_seed(1)
-    q = torch.randn(2, 9, 3, 8, generator=generator, dtype=torch.float64)
-    keys = torch.randn(2, 3, 2, 7, 4, generator=generator, dtype=torch.float64)
-    for score in ("idw", "dot"):
-        halves = q.view(2, 9, 3, 2, 1, 4)
-        rows = keys.unsqueeze(1)
-        if score == "idw":
-            all_halves = -torch.log(1e-3 + (halves - rows).square().sum(-1))
-        else:
-            all_halves = (halves * rows).sum(-1)
-        all_slots = (all_halves[..., 0, :, None] + all_halves[..., 1, None, :]).flatten(-2)
-        want = all_slots.topk(5)
-        got = select(q, keys, 5, score)
-        torch.testing.assert_close(got.scores, want.values)
-        assert torch.equal(got.slots, want.indices)
-
-
 LAYER = {"d_model": 10, "n_heads": 2, "top_k": 3, "n_subkeys": 6, "key_dim": 6, "value_dim": 5, "chunk_size": 4}
 LAYER_OPTIONS = [
     {},
@@ -310,38 +289,3 @@ def test_bad_options_are_named(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         FastWeightPKM.Config.parse(LAYER | options, "mixer 'fwpkm'")
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("query_norm", ["rms", "rms_float32", "batch", "none"])
-@pytest.mark.parametrize("use_gate", [True, False])
-def test_static_memory_options(query_norm: str, use_gate: bool) -> None:
-    m = ProductKeyMemory(
-        ProductKeyMemory.Config(
-            d_model=10,
-            n_heads=2,
-            top_k=3,
-            n_subkeys=6,
-            key_dim=6,
-            value_dim=5,
-            query_norm=query_norm,
-            use_gate=use_gate,
-        )
-    )
-    x = torch.randn(2, 9, 10)
-    y = m(x).y
-    assert y.shape == x.shape
-    y.square().sum().backward()
-    for name, parameter in m.named_parameters():
-        assert parameter.grad is not None, name
-        assert torch.isfinite(parameter.grad).all(), name
-        assert parameter.grad.abs().max() > 0, name
-
-
-def test_static_query_norms_agree_in_float32() -> None:
-    x = torch.randn(2, 9, 10)
-    outputs = []
-    for query_norm in ("rms", "rms_float32"):
-        torch.manual_seed(0)
-        config = ProductKeyMemory.Config(d_model=10, n_subkeys=6, top_k=3, key_dim=6, query_norm=query_norm)
-        outputs.append(ProductKeyMemory(config)(x).y)
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)

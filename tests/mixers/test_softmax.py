@@ -8,8 +8,11 @@ import torch
 
 from mixers import registry
 from mixers.attention import attend_flash, attend_reference, attend_sdpa
+from mixers.base import ParameterOptions, state_bytes
+from mixers.contract.subject import run_in_parts
 from mixers.errors import UserError
 from mixers.rope import rope_frequencies, rope_tables, rotate
+from mixers.sink_tokens import NOT_TAKEN
 
 D = 16
 
@@ -23,8 +26,11 @@ def randn(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def oracle(q, k, v, window, valid):
-    """One query at a time, over the list of keys that it may see; zero where the query is padding."""
+def oracle(q, k, v, window, valid, sink_tokens=0, sink_logits=None):
+    """One query at a time, over the list of keys that it may see; zero where the query is padding.
+
+    With sink tokens k and v must hold the whole sequence.
+    """
     n_cached = k.shape[2] - q.shape[2]
     y = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype)
     for b in range(q.shape[0]):
@@ -33,12 +39,22 @@ def oracle(q, k, v, window, valid):
             for i in range(q.shape[2]):
                 own = n_cached + i
                 first = 0 if window is None else max(0, own - window + 1)
-                seen = [s for s in range(first, own + 1) if valid is None or valid[b, s]]
+                real = [s for s in range(own + 1) if valid is None or valid[b, s]]
+                seen = [s for s in real if s >= first or s in real[:sink_tokens]]
                 if valid is not None and not valid[b, own]:
                     continue
                 logits = torch.stack([q[b, h, i] @ k[b, g, s] for s in seen]) / math.sqrt(q.shape[3])
-                y[b, h, i] = logits.softmax(0) @ v[b, g, seen]
+                weights = logits.exp() / (logits.exp().sum() + (0 if sink_logits is None else sink_logits[h].exp()))
+                y[b, h, i] = weights @ v[b, g, seen]
     return y
+
+
+def layer_oracle(layer, x, mask=None):
+    """The whole layer by the loop, on its own projections; at padding, zero."""
+    c, start = layer.config, torch.zeros((), dtype=torch.int64)
+    q, k, v = layer._project(x if mask is None else x.masked_fill(~mask[..., None], 0), start)
+    heads = oracle(q, k, v, c.window, mask, c.sink_tokens, layer.sink_logits)
+    return layer.out(heads.transpose(1, 2).flatten(2))
 
 
 @pytest.mark.parametrize("path", [attend_reference, attend_sdpa])
@@ -61,6 +77,136 @@ def test_paths_equal_the_loop(path, window, n_key_heads, n_queries, n_cached, pa
     if valid is not None:
         y = y * valid[:, None, n_cached:, None]
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+
+
+def draw_sinks(layer):
+    if layer.sink_logits is not None:
+        with torch.no_grad():
+            layer.sink_logits.copy_(2 * torch.randn(layer.config.n_heads))
+    return layer
+
+
+def with_gradients(layer, y, x, weights):
+    return [y, *torch.autograd.grad((y * weights).sum(), [x, *layer.parameters()])]
+
+
+SINKS = [
+    {"sink_logits": True},
+    {"sink_logits": True, "window": 4},
+    {"sink_tokens": 2, "window": 4},
+    {"sink_tokens": 2, "window": 4, "sink_logits": True},
+    {"sink_tokens": 5, "window": 1, "sink_logits": True},
+    {"sink_tokens": 1, "window": 40},
+]
+
+
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+@pytest.mark.parametrize("options", SINKS, ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_sinks_equal_the_loop_with_gradients_in_one_call_and_in_many(impl, options, padded):
+    """Left padding in the first row, holes in the second: sinks are each row's first real tokens."""
+    layer = draw_sinks(build(impl=impl, n_heads=4, n_kv_heads=2, qk_norm=True, **options))
+    x = randn(2, 13, D).requires_grad_()
+    mask = None
+    if padded:
+        mask = torch.ones(2, 13, dtype=torch.bool)
+        mask[0, :5] = False
+        mask[1, [1, 2, 6]] = False
+    weights = randn(2, 13, D)
+    expected = with_gradients(layer, layer_oracle(layer, x, mask), x, weights)
+    for lengths in ([13], [1] * 13, [3, 0, 4, 6]):
+        y, state = run_in_parts(layer, x, lengths, mask)
+        for got, want in zip(with_gradients(layer, y, x, weights), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+        if layer.config.sink_tokens:
+            first = [
+                torch.arange(13)[row][: layer.config.sink_tokens] for row in (mask if padded else [slice(None)] * 2)
+            ]
+            assert torch.equal(state.sinks.position, torch.stack(first))
+
+
+@pytest.mark.parametrize("n_cached", [0, 90])
+@pytest.mark.parametrize("sink_logits", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_blocks_of_a_window_with_sinks_equal_the_reference(n_cached, sink_logits, padded):
+    """150 queries and a window of 3 are three blocks; without a cache the sinks lie in the first."""
+    options = {"n_heads": 2, "window": 3, "sink_tokens": 2, "sink_logits": sink_logits}
+    layers = [draw_sinks(build(impl=impl, **options)) for impl in ("sdpa", "reference")]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = randn(2, 150 + n_cached, D)
+    mask = None
+    if padded:
+        mask = torch.rand(2, 150 + n_cached) > 0.3
+        mask[1, : n_cached + 100] = False  # its sinks are in the second block
+    results = []
+    for layer in layers:
+        leaf = x.clone().requires_grad_()
+        y, _ = run_in_parts(layer, leaf, [n_cached, 150], mask)
+        results.append(with_gradients(layer, y, leaf, torch.ones_like(x)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+
+
+def test_a_sink_logit_of_zero_is_one_more_in_the_denominator_and_of_minus_infinity_none():
+    layer, plain = build(n_heads=2, sink_logits=True), build(n_heads=2)
+    x = randn(1, 1, D)
+    assert (layer.sink_logits == 0).all()
+    q, k, _ = layer._project(x, torch.zeros((), dtype=torch.int64))
+    share = torch.sigmoid((q * k).sum(-1) / math.sqrt(8))  # e^l / (1 + e^l): of a single token
+    heads = layer.v(x).unflatten(-1, (2, 8)) * share.transpose(1, 2)[..., None].view(1, 1, 2, 1)
+    torch.testing.assert_close(layer(x).y, layer.out(heads.flatten(2)), rtol=0, atol=1e-12)
+    with torch.no_grad():
+        layer.sink_logits.fill_(-1e4)
+    x = randn(2, 9, D)
+    torch.testing.assert_close(layer(x).y, plain(x).y, rtol=0, atol=1e-12)
+
+
+def test_sink_tokens_reach_where_the_window_ends():
+    """Behind a window of 3, the second token is heard if it is a sink, the third is not."""
+    for sink_tokens, heard in ((0, []), (1, [0]), (2, [0, 1])):
+        layer, x = build(window=3, sink_tokens=sink_tokens), randn(1, 12, D)
+        y = layer(x).y
+        found = []
+        for t in range(6):
+            changed = x.clone()
+            changed[:, t] += 1
+            if (layer(changed).y[:, -1] - y[:, -1]).abs().max() > 1e-6:
+                found.append(t)
+        assert found == heard
+
+
+def test_left_padding_changes_no_sink():
+    layer, x = build(window=3, sink_tokens=2, n_heads=2), randn(1, 12, D)
+    mask = torch.ones(1, 17, dtype=torch.bool)
+    mask[:, :5] = False
+    padded = torch.cat([torch.full((1, 5, D), float("nan"), dtype=torch.float64), x], 1)
+    torch.testing.assert_close(layer(padded, mask=mask).y[:, 5:], layer(x).y, rtol=0, atol=1e-12)
+
+
+def test_state_of_sinks_is_slots_from_the_start_and_a_full_window():
+    layer = build(n_heads=4, n_kv_heads=2, window=5, sink_tokens=3)
+    for n_tokens in (0, 1, 4, 5, 60):
+        state = layer(randn(2, n_tokens, D), return_state=True).state
+        n_cached = min(n_tokens, 4)
+        # keys and values of 2 heads of width 4 in 8 bytes; a position per slot; one of the layer
+        assert state_bytes(state) == 2 * (n_cached + 3) * 2 * 2 * 4 * 8 + 2 * 3 * 8 + 8
+        assert (state.sinks.position < NOT_TAKEN).sum(1).tolist() == [min(n_tokens, 3)] * 2
+
+
+def test_sinks_keep_their_true_positions():
+    """The product with a sink turns with its whole distance: no position is counted within the cache."""
+    layer = build(window=2, sink_tokens=1)
+    x = randn(1, 1, D).expand(1, 40, D)
+    y = layer(x).y
+    assert (y[:, 20] - y[:, 30]).abs().max() < 1e-12  # all values alike: weights sum to one at any distance
+    layer.sink_logits = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    y = layer(x).y
+    assert (y[:, 20] - y[:, 30]).abs().max() > 1e-6
+
+
+def test_sink_logits_have_no_weight_decay():
+    assert build(sink_logits=True).parameter_options() == {"sink_logits": ParameterOptions(weight_decay=False)}
+    assert build().parameter_options() == {}
 
 
 @pytest.mark.parametrize("n_cached", [0, 2])
@@ -214,8 +360,9 @@ def test_a_mask_may_come_and_go_between_calls():
 
 
 @pytest.mark.parametrize("impl", ["reference", "sdpa"])
-def test_bfloat16_is_near_float32(impl):
-    layer = build(impl=impl, n_heads=2)
+@pytest.mark.parametrize("options", [{}, {"window": 4, "sink_tokens": 2, "sink_logits": True}], ids=str)
+def test_bfloat16_is_near_float32(impl, options):
+    layer = draw_sinks(build(impl=impl, n_heads=2, **options))
     x = torch.randn(2, 20, D)
     exact = layer(x.double()).y
     found = layer.bfloat16()(x.bfloat16()).y
@@ -239,6 +386,10 @@ def test_weights_start_at_variance_one_over_fan_in():
         ({"yarn_factor": 2.0}, "yarn_factor and yarn_original_length go together"),
         ({"yarn_factor": 2.0, "yarn_original_length": 8, "rope": False}, "needs rope=true"),
         ({"window": 0}, "window"),
+        ({"sink_tokens": 2}, "sink_tokens=2 keeps tokens that a window would drop: set window"),
+        ({"sink_tokens": -1, "window": 4}, "sink_tokens"),
+        ({"impl": "flash_attn", "sink_logits": True}, "neither sink_tokens nor sink_logits; use impl='sdpa'"),
+        ({"impl": "flash_attn", "sink_tokens": 1, "window": 4}, "neither sink_tokens nor sink_logits"),
         ({"n_head": 2}, "did you mean 'n_heads'"),
         ({"impl": "flash"}, "impl"),
     ],

@@ -133,6 +133,58 @@ class WritesBuffer(DecayedSum):
 
 
 @caught_by("purity")
+class WritesMoreThanDeclared(WritesBuffer):
+    """A second running average beside the declared one."""
+
+    batch_statistics = ("running_mean",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("running_mean", torch.zeros(config.d_model))
+
+    def forward(self, x, state=None, **options):
+        out = super().forward(x, state, **options)
+        if self.training and x.numel():
+            self.running_mean.lerp_(x.detach().to(self.running_mean.dtype).mean((0, 1)), 0.1)
+        return out
+
+
+@caught_by("purity")
+class WritesStatisticsInEvaluation(DecayedSum):
+    batch_statistics = ("scale",)
+
+    def forward(self, x, state=None, **options):
+        out = super().forward(x, state, **options)
+        if x.numel():
+            self.scale.lerp_(x.detach().to(self.scale.dtype).abs().mean((0, 1)), 0.01)
+        return out
+
+
+@caught_by("purity")
+class DeclaresStatisticsButWritesNone(DecayedSum):
+    batch_statistics = ("scale",)
+
+
+@caught_by("purity")
+class DeclaresAParameterAsStatistics(WritesParameter):
+    batch_statistics = ("decay",)
+
+
+@caught_by("train_eval")
+class DeclaresStatisticsButUsesNone(WritesBuffer):
+    """Collects averages that change no output."""
+
+    batch_statistics = ("scale",)
+
+    def forward(self, x, state=None, **options):
+        scale = self.scale.clone()
+        out = super().forward(x, state, **options)
+        if self.training:
+            self.scale.copy_(scale)
+        return out
+
+
+@caught_by("purity")
 class RemembersInAttribute(DecayedSum):
     def forward(self, x, state=None, **options):
         out = super().forward(x, state, **options)
