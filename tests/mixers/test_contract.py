@@ -63,7 +63,12 @@ OPTIONS = {
         {"n_heads": 2, "hidden_dim": 6, "chunk_size": 8},
         {"chunk_size": 4, "lookahead": 0, "momentum": 0.9, "normalise": True, "lr": 1.0},
     ],
-    "ttt": [{"n_heads": 2, "chunk_size": 8}, {"chunk_size": 4, "base_lr": 4.0}],
+    "ttt": [
+        {"n_heads": 2, "chunk_size": 8},
+        {"chunk_size": 4, "base_lr": 4.0, "rope": False, "use_output_gate": True},
+        {"inner": "mlp", "n_heads": 2, "chunk_size": 4},
+        {"inner": "mlp", "hidden_dim": 5, "chunk_size": 8, "init_std": 0.3},
+    ],
 }
 # Excuses that hold for these options, not for the defaults.
 OPTION_EXCUSES = {
