@@ -141,7 +141,7 @@ class SoftmaxAttention(Mixer):
         q, k, v = self._project(x, position)
         valid = mask
         if state is not None:
-            valid = _joined_valid(state, mask, x)
+            valid = joined_valid(state, mask, x)
             k = torch.cat([state.keys.to(k.dtype), k], dim=2)
             v = torch.cat([state.values.to(v.dtype), v], dim=2)
         heads = self._attend(q, k, v, valid)
@@ -193,7 +193,7 @@ class SoftmaxAttention(Mixer):
         return float(projections + 4 * config.n_heads * config.key_dim * n_seen)
 
 
-def _joined_valid(state: SoftmaxState, mask: Tensor | None, x: Tensor) -> Tensor | None:
+def joined_valid(state: SoftmaxState, mask: Tensor | None, x: Tensor) -> Tensor | None:
     """Which of the cached and the new tokens are real, (B,S+T); None while no mask was ever given."""
     if state.valid is None and mask is None:
         return None
