@@ -99,9 +99,8 @@ class FastMLP(Mixer):
         UserError: a mask of the wrong shape or dtype.
 
     Source: the fast-weight MLP that FwPKM is compared with (Zhao & Jones 2026, arXiv:2601.00671): SwiGLU, inner
-    lr 0.1. ``chunk_size=512, lookahead=0, momentum=0.9, normalise=true`` is in the spirit of LaCT (Zhang et al.
-    2025, arXiv:2505.23884). Ours has heads, keys apart from queries, and no output gate; LaCT's learned step sizes
-    and momentum, its dot-product loss and its orthogonalised update are left out.
+    lr 0.1. Ours has heads, keys apart from queries, and no output gate. The negative dot product as loss, learned
+    step sizes and momentum, and orthogonalised updates are those of :class:`mixers.lact.LaCT`.
     """
 
     Config = FastMLPConfig

@@ -146,9 +146,10 @@ class LaCT(Mixer):
 
     Source: Zhang et al. 2025, "Test-Time Training Done Right", arXiv:2505.23884; its language models have four heads,
     chunks and windows of 2048 tokens. How ours differs: base_lr is 2 / chunk_size, which is its 0.001 at 2048 tokens,
-    so that a chunk's steps sum up to the same at any length; Newton-Schulz runs in float32, not bfloat16; momentum
+    so that steps of a chunk sum up to the same at any length; Newton-Schulz runs in float32, not bfloat16; momentum
     and ``muon`` are on (there they are options); an unfinished last chunk waits in the state; no low-rank form of the
-    initial matrices; projections start normal with variance 1 / fan-in.
+    initial matrices; projections start normal with variance 1 / fan-in. On MQAR (16 pairs, 350 steps, chunks of 8
+    tokens, one seed, learning rate 3e-3) it recalls 0.95, and 0.69 with ``muon=false``.
     """
 
     Config = LaCTConfig

@@ -58,8 +58,7 @@ def by_definition(mixer, x, mask):
     c = mixer.config
     x = x.masked_fill(~mask.unsqueeze(-1), 0)
     q, k, v = (linear(x).unflatten(-1, (c.n_heads, -1)) for linear in (mixer.q, mixer.k, mixer.v))
-    base_lr = c.base_lr if c.base_lr is not None else {"linear": 1.0, "mlp": 0.1}[c.inner]
-    step = base_lr / c.head_dim * mixer.lr(x).sigmoid()
+    step = c.base_lr / c.head_dim * mixer.lr(x).sigmoid()
     rows, final = [], []
     for b in range(x.shape[0]):
         heads = []
