@@ -101,8 +101,9 @@ class Based(Mixer):
         UserError: ``fla`` is asked for and can't run here; a mask of the wrong shape or dtype.
 
     Source: Arora et al., arXiv:2402.18668. There the two are layers of their own that follow each other in the
-    depth, with convolutions between; ours is one layer, and patterns set convolutions beside it. The output
-    projections start at half the variance of the two layers alone, so that their sum starts at that of one.
+    depth, with convolutions between (flash-linear-attention's layer of this name is the first alone); ours is one
+    layer, and patterns set convolutions beside it. The output projections start at half the variance of the two
+    layers alone, so that their sum starts at that of one.
     """
 
     Config = BasedConfig

@@ -7,7 +7,6 @@ from typing import NamedTuple, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mixers.base import Mixer, MixerOutput, ParameterOptions, Traits
 from mixers.chunking import chunk_spans
@@ -15,16 +14,7 @@ from mixers.config import MixerConfig
 from mixers.masking import zero_padding
 from mixers.norms import RMSNorm
 from mixers.registry import register
-
-MIN_NORM = 1e-6
-
-
-class SwiGLUWeights(NamedTuple):
-    """Of f(u) = (silu(u gate) * (u up)) down: gate and up (...,H,K,F), down (...,H,F,V)."""
-
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+from mixers.swiglu import SwiGLUWeights, swiglu, swiglu_activations, swiglu_gradient, with_length_of
 
 
 class FastMLPState(NamedTuple):
@@ -109,9 +99,8 @@ class FastMLP(Mixer):
         UserError: a mask of the wrong shape or dtype.
 
     Source: the fast-weight MLP that FwPKM is compared with (Zhao & Jones 2026, arXiv:2601.00671): SwiGLU, inner
-    lr 0.1. ``chunk_size=512, lookahead=0, momentum=0.9, normalise=true`` is in the spirit of LaCT (Zhang et al.
-    2025, arXiv:2505.23884). Ours has heads, keys apart from queries, and no output gate; LaCT's learned step sizes
-    and momentum, its dot-product loss and its orthogonalised update are left out.
+    lr 0.1. Ours has heads, keys apart from queries, and no output gate. The negative dot product as loss, learned
+    step sizes and momentum, and orthogonalised updates are those of :class:`mixers.lact.LaCT`.
     """
 
     Config = FastMLPConfig
@@ -219,7 +208,7 @@ class FastMLP(Mixer):
         weights = SwiGLUWeights(*(w - config.lr * s for w, s in zip(state.weights, step, strict=True)))
         if config.normalise:
             initial = (self.gate, self.up, self.down)
-            weights = SwiGLUWeights(*(_with_length_of(w, start) for w, start in zip(weights, initial, strict=True)))
+            weights = SwiGLUWeights(*(with_length_of(w, start) for w, start in zip(weights, initial, strict=True)))
         # Copies: slices would keep the finished chunk alive as long as the state.
         return FastMLPState(
             weights, momentum, state.k[:, :0].clone(), state.v[:, :0].clone(), state.valid[:, :0].clone()
@@ -232,33 +221,12 @@ class FastMLP(Mixer):
         return 2.0 * (projections + read)
 
 
-def swiglu(u: Tensor, weights: SwiGLUWeights) -> Tensor:
-    """(silu(u gate) * (u up)) down: (B,H,C,K) -> (B,H,C,V)."""
-    return (functional.silu(u @ weights.gate) * (u @ weights.up)) @ weights.down
-
-
 def regression_gradient(weights: SwiGLUWeights, k: Tensor, v: Tensor, pair_weight: Tensor) -> SwiGLUWeights:
     """d/d weights of 1/(2 M V) sum_t w_t |f(k_t) - v_t|^2, M = sum_t w_t (at least 1).
 
     Shapes: k (B,H,C,K), v (B,H,C,V), w (B,C) in {0,1}; every head has a loss of its own.
     """
-    before = k @ weights.gate
-    sigmoid = before.sigmoid()
-    active, up = before * sigmoid, k @ weights.up
-    hidden = active * up
+    activations = swiglu_activations(k, weights)
     scale = pair_weight / (pair_weight.sum(1, keepdim=True).clamp_min(1.0) * v.shape[-1])
-    error = scale[:, None, :, None] * (hidden @ weights.down - v)
-    to_hidden = error @ weights.down.transpose(-1, -2)
-    silu_slope = sigmoid * (1 + before * (1 - sigmoid))
-    keys = k.transpose(-1, -2)
-    return SwiGLUWeights(
-        keys @ (to_hidden * up * silu_slope),
-        keys @ (to_hidden * active),
-        hidden.transpose(-1, -2) @ error,
-    )
-
-
-def _with_length_of(weight: Tensor, start: Tensor) -> Tensor:
-    """Each column of ``weight`` (B,H,I,O) scaled to the length that it has in ``start`` (H,I,O)."""
-    wanted = start.to(weight.dtype).norm(dim=-2, keepdim=True)
-    return weight * (wanted / weight.norm(dim=-2, keepdim=True).clamp_min(MIN_NORM))
+    error = scale[:, None, :, None] * (activations.hidden @ weights.down - v)
+    return swiglu_gradient(weights, k, activations, error)

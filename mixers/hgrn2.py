@@ -56,7 +56,8 @@ class HGRN2(Mixer):
 
     Source: Qin et al., arXiv:2404.07904. There the lower bounds of all layers are learned together and rise with the
     depth; ours is an option of the layer. Ours also lets every width be chosen freely (the paper takes K = V), and
-    starts all weights normal with variance 1 / fan-in.
+    starts all weights normal with variance 1 / fan-in. flash-linear-attention's layer makes heads K = 128 wide and
+    scales q by 1/sqrt(K), which the norm undoes.
     """
 
     Config = HGRN2Config

@@ -64,8 +64,8 @@ class KDA(Mixer):
         UserError: ``fla`` is asked for and can't run here; a mask of the wrong shape or dtype.
 
     Source: Kimi Team, Kimi Linear, arXiv:2510.26692. Ours leaves out the factor 1/sqrt(K) on q that the norm
-    undoes, lets every width be chosen freely, has one value head for each key head, and starts A in [1, 16] and
-    all projections normal with variance 1 / fan-in.
+    undoes, lets every width be chosen freely, has one value head for each key head, and starts all
+    projections normal with variance 1 / fan-in. A in [1, 16] and the time steps start as in flash-linear-attention.
     """
 
     Config = KDAConfig

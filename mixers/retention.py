@@ -73,6 +73,7 @@ class Retention(Mixer):
     Source: Sun et al., Retentive Network, arXiv:2307.08621. The paper's xPos is this rotation with the decay as its
     scale. Ours lets every width be chosen freely (the paper takes V = 2 K), leaves out the normalisations of the
     scores that the norm of the output undoes, and starts all weights normal with variance 1 / fan-in.
+    flash-linear-attention's layer has RMSNorm with a learned scale in place of our norm without one.
     """
 
     Config = RetentionConfig

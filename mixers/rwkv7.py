@@ -101,7 +101,8 @@ class RWKV7(Mixer):
         UserError: ``fla`` is asked for and can't run here; a mask of the wrong shape or dtype.
 
     Source: Peng et al., arXiv:2503.14456. Ours is a single layer: no residual of the first layer's values, start
-    values as for the first of many. Ranks are 32 whatever the width; projections start normal with variance
+    values as for the first of many, but for the norm's scale, which is one and not (1 / layers)^0.7. Ranks are 32
+    whatever the width, where they grow with its root (32 at least); projections start normal with variance
     1 / fan-in (a hundredth of that for k, as in the paper, and for the second ones of decay and rate) instead of
     orthogonal or zero; the l2norm adds 1e-6 under the root.
     """

@@ -178,7 +178,7 @@ class SoftmaxAttention(Mixer):
             sinks = fill_sink_tokens(sinks, k, v, mask, position)
         valid = mask
         if state is not None:
-            valid = _joined_valid(state, mask, x)
+            valid = joined_valid(state, mask, x)
             k = torch.cat([state.keys.to(k.dtype), k], dim=2)
             v = torch.cat([state.values.to(v.dtype), v], dim=2)
         y = self.out(self._attend(q, k, v, valid, position, sinks).transpose(1, 2).flatten(2))
@@ -239,7 +239,7 @@ class SoftmaxAttention(Mixer):
         return float(projections + 4 * config.n_heads * config.key_dim * (n_seen + config.sink_tokens))
 
 
-def _joined_valid(state: SoftmaxState, mask: Tensor | None, x: Tensor) -> Tensor | None:
+def joined_valid(state: SoftmaxState, mask: Tensor | None, x: Tensor) -> Tensor | None:
     """Which of the cached and the new tokens are real, (B,S+T); None while no mask was ever given."""
     if state.valid is None and mask is None:
         return None
