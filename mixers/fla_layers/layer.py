@@ -144,7 +144,8 @@ class FlaLayer(Mixer):
             return MixerOutput(x.clone(), before if return_state else None, {})
 
         cache = None
-        if with_state:
+        # A layer that takes padding in inference only wants a cache along with it.
+        if with_state or (padding is not None and self.facts.inference_only == "eval"):
             entries = () if before.cache is None else (thawed(before.cache),)
             cache = self.load_cache().from_legacy_cache(entries, seen_tokens=seen)
         y = self._called(clean, cache, seen, padding)
