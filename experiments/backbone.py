@@ -166,13 +166,24 @@ class Backbone(nn.Module):
             if isinstance(module, Mixer)
         }
 
-    def flops_per_token(self, context: int) -> float:
-        """Forward FLOPs for one more token after ``context`` tokens: matrix products and short convolutions."""
+    @property
+    def resumable(self) -> bool:
+        """Whether every mixer can give a state to continue from."""
+        return all(mixer.traits.resumable for mixer in self.named_mixers().values())
+
+    def flops_per_token(self, context: int) -> float | None:
+        """Forward FLOPs for one more token after ``context`` tokens: matrix products and short convolutions.
+
+        None where a mixer's are unknown.
+        """
         total = 2.0 * self.embedding.weight.numel()
         for block in self.blocks:
             for module in block.sublayers.values():
                 if isinstance(module, Mixer):
-                    total += module.flops_per_token(context)
+                    of_mixer = module.flops_per_token(context)
+                    if of_mixer is None:
+                        return None
+                    total += of_mixer
                 elif isinstance(module, SwiGLU):
                     total += module.flops_per_token()
                 else:

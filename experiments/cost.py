@@ -28,14 +28,19 @@ def measure_cost(model: Backbone, n_tokens: int, compute: Compute) -> dict[str, 
     state_bytes_shared: the part that does not double with the batch.
     params: trained parameters (slow weights), not part of the state. flops_per_token: forward, mean over the contexts.
     prefill_tokens_per_s: one call on T tokens, batch 1, median. decode_ms_per_token: one-token calls after T, median.
+
+    What can't be known has no entry: FLOPs of a mixer that doesn't know them; state and decoding of a model with a
+    mixer that keeps no state of its past.
     """
     was_training = model.training
     model.eval()
     try:
-        cost = _state_cost(model, n_tokens, compute)
+        cost = _state_cost(model, n_tokens, compute) if model.resumable else {}
         cost["params"] = float(sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad))
         contexts = torch.linspace(0, n_tokens - 1, min(N_FLOP_CONTEXTS, n_tokens)).round().int().tolist()
-        cost["flops_per_token"] = statistics.fmean(model.flops_per_token(context) for context in contexts)
+        flops = [model.flops_per_token(context) for context in contexts]
+        if None not in flops:
+            cost["flops_per_token"] = statistics.fmean(flops)
         return cost | _speed(model, n_tokens, compute)
     finally:
         model.train(was_training)
@@ -73,7 +78,7 @@ def _speed(model: Backbone, n_tokens: int, compute: Compute) -> dict[str, float]
         compute.synchronize()
         started = time.perf_counter()
         with compute.autocast():
-            out = model(tokens[:, :n], state, return_state=True)
+            out = model(tokens[:, :n], state, return_state=model.resumable)
             model.logits(out.hidden[:, -1:])
         compute.synchronize()
         return time.perf_counter() - started, out.state
@@ -81,6 +86,8 @@ def _speed(model: Backbone, n_tokens: int, compute: Compute) -> dict[str, float]
     timed(n_tokens, None)  # warm-up
     prefill = statistics.median(timed(n_tokens, None)[0] for _ in range(N_PREFILL_REPEATS))
     cost = {"prefill_tokens_per_s": n_tokens / prefill}
+    if not model.resumable:
+        return cost
     if model.config.positions == "learned" and n_tokens + N_DECODE_TOKENS > model.config.max_positions:
         return cost
     _, state = timed(n_tokens, None)

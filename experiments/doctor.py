@@ -35,6 +35,7 @@ def diagnose(runs: Path | None = None) -> dict[str, Any]:
         usable = [device["name"] for device in devices if device["error"] is None]
         mixers = implementations(usable)
         missing = missing_cuda() + missing_kernels(any(name.startswith("cuda") for name in usable))
+        missing += faulty_kernels([name for name in usable if name.startswith("cuda")])
     store = tracking_store(runs) if packages.get("mlflow") is not None else None
     broken += [f"device {device['name']}: {device['error']}" for device in devices if device["error"]]
     broken += [f"mixer {mixer['name']!r}: {mixer['error']}" for mixer in mixers if mixer["error"]]
@@ -175,6 +176,19 @@ def missing_kernels(has_gpu: bool) -> list[dict[str, Any]]:
         for packages, serves, command in kinds
         if packages
     ]
+
+
+def faulty_kernels(devices: list[str]) -> list[dict[str, Any]]:
+    """An entry when a device here makes the installed triton give wrong gradients, which fla refuses."""
+    import torch
+
+    from mixers.implementations import TRITON_MENDED, gated_backward_fault
+
+    faults = [gated_backward_fault(torch.device(device), mended_by_tilelang=False) for device in devices]
+    if not any(faults):
+        return []
+    serves = "impl='fla' of mamba2 and gated_deltanet, training of some fla: layers"
+    return [{"packages": ["triton 3.7.1 or newer"], "serves": serves, "command": TRITON_MENDED, "useful_here": True}]
 
 
 def tracking_store(runs: Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class Traits:
         ``window`` (grows up to a bound), ``config`` (an option decides).
     devices: where it runs.
     exact_chunking: False when outputs depend on an option like the chunk length by definition of the layer.
+    resumable: False when the layer has a past but keeps no state of it: asking for one is an error.
     """
 
     causal: bool = True
@@ -39,6 +40,7 @@ class Traits:
     state_growth: Literal["none", "constant", "linear", "window", "config"] = "constant"
     devices: tuple[str, ...] = ("cpu", "cuda")
     exact_chunking: bool = True
+    resumable: bool = True
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,11 @@ class Mixer(nn.Module, ABC):
         """Initialise every parameter and buffer, from torch's global generator only."""
 
     @abstractmethod
-    def flops_per_token(self, context: int) -> float:
+    def flops_per_token(self, context: int) -> float | None:
         """Forward FLOPs for one more token after ``context`` tokens (a multiply-add is 2), readable path.
 
-        Counts matrix products as torch's flop counter does; element-wise work is left out.
+        Counts matrix products as torch's flop counter does; element-wise work is left out. None: unknown, for a layer
+        of another library's kernels.
         """
 
     @property

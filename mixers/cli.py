@@ -43,19 +43,54 @@ def load_plugins(plugins: tuple[str, ...]) -> None:
 @click.command("mixers")
 @json_option
 @plugin_option
-def mixers_command(as_json: bool, plugins: tuple[str, ...]) -> None:
+@click.option("--fla", "of_fla", is_flag=True, help="List the layers of flash-linear-attention instead: fla:NAME.")
+def mixers_command(as_json: bool, plugins: tuple[str, ...], of_fla: bool) -> None:
     """List the registered mixers: family, slot, state, devices, source."""
-    from mixers import registry
+    from mixers import fla_layers, registry
 
     load_plugins(plugins)
+    if of_fla:
+        list_fla_layers(as_json)
+        return
     rows = [describe(name) for name in registry.names()]
     problems = registry.problems()
     if as_json:
         click.echo(json.dumps(rows, indent=1))
     else:
         _print_table(rows)
+        if n_layers := len(fla_layers.layer_names()):
+            click.echo(f"and {n_layers} layers of flash-linear-attention, on CUDA: mixlab mixers --fla")
     for name, why in problems.items():
         click.echo(f"mixlab: entry point {name!r} was left out: {why}", err=True)
+
+
+def list_fla_layers(as_json: bool) -> None:
+    """The layers that flash-linear-attention brings, as mixers; an error where it isn't installed."""
+    from mixers import fla_layers
+    from mixers.implementations import FLA_INSTALL
+
+    rows = [fla_layers.describe_layer(name) for name in fla_layers.layer_names()]
+    if not rows:
+        raise UserError(f"mixers: --fla: needs the package flash-linear-attention, not installed here; {FLA_INSTALL}")
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title="Layers of flash-linear-attention, on CUDA only; state bytes: measured on a GPU; FLOPs: unknown",
+        box=None,
+        padding=(0, 1, 0, 0),
+        header_style="bold underline",
+    )
+    for column in ("mixer", "state", "continues", "needs", "note"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        growth = row["state_growth"].replace("window_size", "linear, or window")
+        continues = fla_layers.CONTINUES[row["continues"]]
+        table.add_row(row["name"], growth, continues, ", ".join(row["needs"]), row["note"])
+    Console().print(table)
 
 
 def describe(name: str) -> dict[str, Any]:

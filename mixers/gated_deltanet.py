@@ -12,7 +12,7 @@ from mixers.base import Mixer, MixerOutput, ParameterOptions, Traits
 from mixers.decay_gates import reset_decay_rates, reset_time_steps
 from mixers.delta_heads import DeltaHeadsConfig, convolved, unit_length
 from mixers.delta_rule import gated_delta_rule, unsupported_by_fla
-from mixers.implementations import require_fla, resolve_fla
+from mixers.implementations import gated_backward_fault, require_fla, resolve_fla
 from mixers.masking import zero_padding
 from mixers.norms import RMSNorm
 from mixers.registry import register
@@ -103,7 +103,7 @@ class GatedDeltaNet(Mixer):
     @property
     def impl(self) -> str:
         weight = self.q.weight
-        unsupported = unsupported_by_fla(weight.dtype, self.config.head_key_dim)
+        unsupported = unsupported_by_fla(weight.dtype, self.config.head_key_dim) or gated_backward_fault(weight.device)
         return resolve_fla(self.config.impl, weight.device, "mixer 'gated_deltanet'", unsupported)
 
     def initial_state(self, batch_size: int, *, device: torch.device | str, dtype: torch.dtype) -> GatedDeltaNetState:

@@ -6,7 +6,9 @@ for and can't run is an error that says why and how to get it.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import re
 
 import torch
 
@@ -22,6 +24,40 @@ FLA_MISSING = _missing("fla", "triton")
 FLASH_ATTN_MISSING = _missing("flash_attn")
 FLA_INSTALL = "pip install 'flash-linear-attention>=0.6,<0.7' triton"
 FLASH_ATTN_INSTALL = "pip install 'mixlab[gpu]'"
+# With these versions of triton, one kernel of fla 0.6 gives wrong gradients on Hopper, and fla raises instead: that of
+# q, k and decay where a head has one decay for each token (chunk_bwd_dqkwg in fla/ops/common/chunk_o.py).
+TRITON_FAULT_FROM, TRITON_FAULT_BELOW = (3, 4, 0), (3, 7, 1)
+TRITON_MENDED = "pip install 'triton>=3.7.1'"
+HOPPER = 9  # major compute capability
+
+
+def _version(package: str) -> tuple[int, ...] | None:
+    """The release numbers of an installed package; None where it's absent."""
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
+TRITON = _version("triton")
+TILELANG_MISSING = _missing("tilelang")
+
+
+def gated_backward_fault(device: torch.device, *, mended_by_tilelang: bool = True) -> str:
+    """Why gradients of a gated recurrence can't be taken with fla's kernels on ``device``; empty: they can.
+
+    mended_by_tilelang: fla has a second kernel in tilelang for this layer, which it takes where that is installed.
+    """
+    if device.type != "cuda" or TRITON is None or not TRITON_FAULT_FROM <= TRITON < TRITON_FAULT_BELOW:
+        return ""
+    if torch.cuda.get_device_properties(device).major != HOPPER or (mended_by_tilelang and not TILELANG_MISSING):
+        return ""
+    version = ".".join(map(str, TRITON))
+    tilelang = " or pip install tilelang" if mended_by_tilelang else ""
+    return (
+        f"gated gradients with triton {version} on Hopper (fla refuses 3.4.0 to below 3.7.1; {TRITON_MENDED}{tilelang})"
+    )
 
 
 def require_fla(place: str) -> None:

@@ -13,7 +13,7 @@ from mixers.base import Mixer, MixerOutput, ParameterOptions, Traits
 from mixers.config import MixerConfig
 from mixers.decay_attention import decay_attention, why_not_fla
 from mixers.decay_gates import reset_decay_rates, reset_time_steps
-from mixers.implementations import require_fla, resolve_fla
+from mixers.implementations import gated_backward_fault, require_fla, resolve_fla
 from mixers.masking import zero_padding
 from mixers.norms import RMSNorm
 from mixers.registry import register
@@ -124,6 +124,7 @@ class Mamba2(Mixer):
     def impl(self) -> str:
         weight = self.vkq.weight
         unsupported = why_not_fla(weight.dtype, self.config.key_dim, self.config.head_value_dim)
+        unsupported = unsupported or gated_backward_fault(weight.device, mended_by_tilelang=False)
         return resolve_fla(self.config.impl, weight.device, "mixer 'mamba2'", unsupported)
 
     def initial_state(self, batch_size: int, *, device: torch.device | str, dtype: torch.dtype) -> Mamba2State:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mixers  # the package, to list its modules
+from mixers import fla_layers
 from mixers.base import Mixer
 from mixers.errors import UserError, nearest
 
@@ -45,17 +46,20 @@ def register(name: str) -> Callable[[type[Mixer]], type[Mixer]]:
 
 
 def get(name: str) -> type[Mixer]:
-    """The class registered under ``name``; an unknown name lists the near matches."""
+    """The class registered under ``name``, or of the layer ``fla:...``; an unknown name lists the near matches."""
     load_all()
     if name in _registered:
         return _registered[name]
+    if name.startswith(fla_layers.PREFIX):
+        return fla_layers.layer_class(name)
     if name in _problems:
         raise UserError(f"mixer {name!r} could not be loaded: {_problems[name]}")
-    raise UserError(f"unknown mixer {name!r}{nearest(name, _registered)}")
+    known = {*_registered, *({fla_layers.PREFIX + name} & {*fla_layers.layer_names()})}
+    raise UserError(f"unknown mixer {name!r}{nearest(name, known)}")
 
 
 def names() -> list[str]:
-    """All registered names, sorted."""
+    """All registered names, sorted; those of fla's layers are ``fla_layers.layer_names()``."""
     load_all()
     return sorted(_registered)
 

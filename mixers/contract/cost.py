@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixers.contract.errors import ContractError
+from mixers.contract.errors import ContractError, NotApplicable
 from mixers.contract.subject import Subject
 
 CONTEXTS = (0, 3, 11)
@@ -24,6 +24,8 @@ BAG_FLOPS = {torch.ops.aten._embedding_bag: bag_flops, torch.ops.aten._embedding
 def flops(subject: Subject) -> None:
     """flops_per_token(context) is what torch counts on the readable path for one token after 0, 3, 11 others."""
     mixer = subject.readable(torch.float64)
+    if mixer.flops_per_token(CONTEXTS[0]) is None:
+        raise NotApplicable("declared as unknown")
     for context in CONTEXTS:
         state = mixer(subject.tokens(mixer, 1, context, torch.float64), return_state=True).state
         with FlopCounterMode(display=False, custom_mapping=BAG_FLOPS) as counter:
