@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 REFERENCE_WIDTH = 64
 REFERENCE_TOKENS = 512
 CHECK_WIDTH = 16
+ROW_KEYS = (
+    "name", "family", "default_slot", "causal", "state_scope", "state_growth", "devices", "impl", "params",
+    "state_bytes", "reference", "source", "module", "problem",
+)  # fmt: skip
+# What goes into a file or a pipe is never cut to a narrow terminal.
+PIPE_WIDTH = 100
 STATUS_STYLES = {"passed": "green", "failed": "bold red", "stale_excuse": "bold red", "excused": "yellow"}
 
 
@@ -31,13 +37,13 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")(command)
 
 
-def load_plugins(plugins: tuple[str, ...]) -> None:
-    """Run the files that the user named, if any."""
-    if plugins:
-        from mixers import registry
+def load_plugins(plugins: tuple[str, ...]) -> dict[str, str]:
+    """Run the files that the user named, if any: mixer -> its file."""
+    if not plugins:
+        return {}
+    from mixers import registry
 
-        for plugin in plugins:
-            registry.load_plugin(plugin)
+    return {name: plugin for plugin in plugins for name in registry.load_plugin(plugin)}
 
 
 @click.command("mixers")
@@ -45,23 +51,38 @@ def load_plugins(plugins: tuple[str, ...]) -> None:
 @plugin_option
 @click.option("--fla", "of_fla", is_flag=True, help="List the layers of flash-linear-attention instead: fla:NAME.")
 def mixers_command(as_json: bool, plugins: tuple[str, ...], of_fla: bool) -> None:
-    """List the registered mixers: family, slot, state, devices, source."""
-    from mixers import fla_layers, registry
+    """List the registered mixers: family, slot, state, devices, parameters, source.
 
-    load_plugins(plugins)
+    What can't be imported or built is listed as broken, and its reason printed to stderr.
+    """
+    from mixers import fla_layers, registry
+    from mixers.contract.runner import raised
+
+    from_plugin = load_plugins(plugins)
     if of_fla:
         list_fla_layers(as_json)
         return
-    rows = [describe(name) for name in registry.names()]
-    problems = registry.problems()
+    problems = {name: f"entry point {name!r} was left out: {why}" for name, why in registry.problems().items()}
+    rows = []
+    for name in registry.names():
+        try:
+            rows.append(describe(name))
+        except Exception as error:  # noqa: BLE001  a stranger's mixer may raise anything; the others are listed
+            why = str(error) if isinstance(error, UserError) else raised(error)
+            problem = f"mixer {name!r} can't be built and run with its default options: {' '.join(why.split())}"
+            if name in from_plugin:
+                raise UserError(f"--plugin {from_plugin[name]}: {problem}") from None
+            problems[name] = problem
+    rows += [{**dict.fromkeys(ROW_KEYS), "name": name, "problem": why} for name, why in problems.items()]
+    rows.sort(key=lambda row: row["name"])
     if as_json:
         click.echo(json.dumps(rows, indent=1))
     else:
         _print_table(rows)
         if n_layers := len(fla_layers.layer_names()):
             click.echo(f"and {n_layers} layers of flash-linear-attention, on CUDA: mixlab mixers --fla")
-    for name, why in problems.items():
-        click.echo(f"mixlab: entry point {name!r} was left out: {why}", err=True)
+    for problem in problems.values():
+        click.echo(f"mixlab: {problem}", err=True)
 
 
 def list_fla_layers(as_json: bool) -> None:
@@ -119,6 +140,7 @@ def describe(name: str) -> dict[str, Any]:
         "reference": {"d_model": REFERENCE_WIDTH, "n_tokens": REFERENCE_TOKENS},
         "source": cls.source,
         "module": cls.__module__,
+        "problem": None,
     }
 
 
@@ -134,24 +156,31 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     )
     table.add_column("mixer", no_wrap=True)
     table.add_column("family")
-    for column in ("slot", "state", "runs as"):
+    for column in ("slot", "state", "devices", "runs as"):
         table.add_column(column, no_wrap=True)
     for column in ("params", "state\nbytes"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("arXiv", overflow="fold")
     for row in rows:
+        if row["problem"]:
+            table.add_row(row["name"], "[bold red]broken[/]", *["-"] * 7)
+            continue
         shared = ", shared" if row["state_scope"] == "shared" else ""
         table.add_row(
             row["name"],
             row["family"],
             row["default_slot"],
             row["state_growth"] + shared,
+            " ".join(row["devices"]),
             row["impl"],
             f"{row['params']:,}",
             f"{row['state_bytes']:,}",
             row["source"].rpartition("arXiv:")[2],
         )
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, PIPE_WIDTH)
+    console.print(table)
 
 
 @click.command("check")

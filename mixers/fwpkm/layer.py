@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mixers.base import Mixer, MixerConfig, MixerOutput, ParameterOptions, Traits
-from mixers.fwpkm.functional import fast_weight_pkm, resolve_impl
+from mixers.fwpkm.functional import FastWeightOutput, fast_weight_pkm, resolve_impl
 from mixers.masking import zero_padding
 from mixers.norms import RMSNorm
 from mixers.product_keys import read, select
@@ -111,6 +111,8 @@ class FastWeightPKM(Mixer):
     source = "Zhao & Jones 2026, arXiv:2601.00671"
     default_slot = "memory"
     normalises_input = True
+    # True: ``write`` gets one chunk a call, for variants that act between chunks.
+    one_chunk_per_write: ClassVar[bool] = False
     config: FastWeightPKMConfig
 
     def __init__(self, config: FastWeightPKMConfig) -> None:
@@ -241,35 +243,28 @@ class FastWeightPKM(Mixer):
         n_written = max(n_written, 0)
         keys, values = state.keys, state.values
         rows, slots, losses = [], [], {}
-        if n_written:
-            out = fast_weight_pkm(
-                q[:, :n_written],
-                v[:, :n_written],
-                None if gate is None else gate[:, :n_written],
-                *((keys, values) if c.scope == "sequence" else (keys[0], values[0])),
-                chunk_size=c.chunk_size,
-                top_k=c.top_k,
-                lookahead=c.lookahead,
-                lr=c.lr,
-                weight_decay=c.weight_decay,
-                score=c.score,
-                temperature=c.temperature,
-                address_weight=c.address_weight,
-                value_loss_to_keys=c.value_loss_to_keys,
-                clip=c.clip,
-                mask=None if mask is None else _pair_mask(mask, c.lookahead)[:, :n_written],
-                scope=c.scope,
-                update_scale=c.update_scale,
-                impl=c.impl,
+        pairs = None if mask is None else _pair_mask(mask, c.lookahead)
+        n_each = c.chunk_size if self.one_chunk_per_write else max(n_written, 1)
+        for start in range(0, n_written, n_each):
+            part = slice(start, start + n_each)
+            out = self.write(
+                q[:, part],
+                v[:, part],
+                None if gate is None else gate[:, part],
+                keys,
+                values,
+                None if pairs is None else pairs[:, part],
             )
-            keys, values = (out.keys, out.values) if c.scope == "sequence" else (out.keys[None], out.values[None])
-            # The queue's tokens were read when they came; C > W, so they all lie in what was written.
-            rows.append(out.read[:, n_waiting:])
-            slots.append(out.slots[:, n_waiting:])
-            losses = {"value_loss": out.value_loss, "address_loss": out.address_loss}
+            keys, values = out.keys, out.values
+            # The queue's tokens were read when they came; C > W, so they all lie in the first chunk.
+            first_new = max(n_waiting - start, 0)
+            rows.append(out.read[:, first_new:])
+            slots.append(out.slots[:, first_new:])
+            for name in ("value_loss", "address_loss"):
+                losses[name] = losses.get(name, 0) + getattr(out, name) * (n_each / n_written)
         first_unread = max(n_written, n_waiting)
         if first_unread < q.shape[1] or not rows:
-            tail_rows, tail_slots = self._read_only(q[:, first_unread:], keys, values)
+            tail_rows, tail_slots = self.read_memory(q[:, first_unread:], keys, values)
             rows.append(tail_rows)
             slots.append(tail_slots)
         new_state = FastWeightState(
@@ -283,7 +278,42 @@ class FastWeightPKM(Mixer):
         )
         return torch.cat(rows, dim=1), torch.cat(slots, dim=1), new_state, losses
 
-    def _read_only(self, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def write(
+        self, q: Tensor, v: Tensor, gate: Tensor | None, keys: Tensor, values: Tensor, mask: Tensor | None
+    ) -> FastWeightOutput:
+        """Read and write whole chunks; what a variant of the write overrides.
+
+        q (B,T,H,K), v (B,T,V), gate (B,T) or None, keys (M,H,2,n,K/2) and values (M,N,V) before the first of the
+        chunks, mask (B,T) bool or None: whether the pair (t, t+L) may be written. Returns keys and values with M
+        leading. T is any number of whole chunks, or one with ``one_chunk_per_write``. The reads of a chunk must come
+        from the memory as it was before the chunk.
+        """
+        c = self.config
+        shared = c.scope == "shared"
+        out = fast_weight_pkm(
+            q,
+            v,
+            gate,
+            keys[0] if shared else keys,
+            values[0] if shared else values,
+            chunk_size=c.chunk_size,
+            top_k=c.top_k,
+            lookahead=c.lookahead,
+            lr=c.lr,
+            weight_decay=c.weight_decay,
+            score=c.score,
+            temperature=c.temperature,
+            address_weight=c.address_weight,
+            value_loss_to_keys=c.value_loss_to_keys,
+            clip=c.clip,
+            mask=mask,
+            scope=c.scope,
+            update_scale=c.update_scale,
+            impl=c.impl,
+        )
+        return out._replace(keys=out.keys[None], values=out.values[None]) if shared else out
+
+    def read_memory(self, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Rows (B,T,V) and slots (B,T,H,k) that q (B,T,H,K) reads from the memory as it is."""
         c = self.config
         n_sequences, n_tokens = q.shape[:2]

@@ -49,7 +49,9 @@ def test_an_installed_package_adds_its_mixer_and_a_broken_one_harms_nobody(tmp_p
     rows = {row["name"]: row for row in json.loads(done.stdout)}
     assert rows["installed_memory"]["module"] == "good_layers"
     assert {"softmax", "pkm", "fwpkm"} < set(rows)
-    assert "entry point 'bad_layers' was left out: bad_layers: line 2: RuntimeError: needs a licence" in done.stderr
+    why = f"{site / 'bad_layers.py'}: line 2: RuntimeError: needs a licence; mend the package, or uninstall it"
+    assert f"entry point 'bad_layers' was left out: package bad_layers 1.0: {why}" in done.stderr
+    assert rows["bad_layers"]["problem"].endswith(why)
 
 
 def test_unknown_names_list_the_near_matches() -> None:
