@@ -1,13 +1,19 @@
 # Two commands on a fresh machine (python3, git, make):
 #   make demo   sets up .venv and runs the main job: five mixers, one sweep, a comparison
 #   make test   sets up .venv and runs the tests
+# and on a machine with an NVIDIA GPU
+#   make gpu-check   the contract and the kernels' equality on CUDA, one report: gpu-check.md
+#                    (GPU_PYTHON=python3: with an installed Python instead of .venv)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # One fixed torch: where none is installed yet, an open range would take whatever is newest.
 TORCH := torch==2.13.0
 
-.PHONY: demo test lint format dashboard clean
+GPU_PYTHON ?= $(BIN)/python
+GPU_WORKERS ?= 8
+
+.PHONY: demo test gpu-check lint format dashboard clean
 
 demo: $(VENV)/.ready
 	$(BIN)/mixlab sweep run quickstart
@@ -17,6 +23,9 @@ demo: $(VENV)/.ready
 # One thread per test process: they share the cores.
 test: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+gpu-check: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.ready-dev)
+	$(GPU_PYTHON) -m pytest -n $(GPU_WORKERS) -m cuda --gpu-report gpu-check.md tests/mixers
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .

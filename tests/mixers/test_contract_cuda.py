@@ -10,10 +10,7 @@ import torch
 from mixers import contract, registry
 from mixers.implementations import FLA_MISSING, FLASH_ATTN_MISSING
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.cuda
 
 D = 64
 # Kernels compute in less than float64; some in half precision only.

@@ -134,7 +134,7 @@ def test_half_precision_inputs_are_computed_in_float32_even_under_autocast(decay
             assert_same(found.y.double(), exact.y[:, :n_tokens], atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels run on CUDA only")
+@pytest.mark.cuda
 @pytest.mark.parametrize("by_channel", [False, True])
 @pytest.mark.parametrize("n_tokens", [1, 63, 130])
 @pytest.mark.parametrize("decay", [0.3, 50.0])

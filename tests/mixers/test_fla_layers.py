@@ -320,7 +320,7 @@ def on_cuda(name):
     return mixer
 
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+cuda = pytest.mark.cuda
 
 
 @cuda

@@ -166,7 +166,7 @@ def test_expand_v_sets_the_value_width():
     assert build(expand_v=2.0).initial_state(1, device="cpu", dtype=torch.float32).memory.shape == (1, 2, 8, 16)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels run on CUDA only")
+@pytest.mark.cuda
 @pytest.mark.parametrize("n_tokens", [1, 63, 130])
 def test_fla_equals_the_reference(n_tokens):
     pytest.importorskip("triton")

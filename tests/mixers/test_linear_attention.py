@@ -195,7 +195,7 @@ def test_which_implementation_runs(monkeypatch, installed):
         resolve_fla("fla", CUDA, "m", "float64")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels run on CUDA only")
+@pytest.mark.cuda
 @pytest.mark.parametrize("options", [{}, {"feature_map": "taylor"}, {"feature_map": "identity", "normalize": False}])
 @pytest.mark.parametrize("n_tokens", [1, 63, 130])
 def test_fla_equals_the_reference(options, n_tokens):

@@ -74,7 +74,7 @@ def test_fla_without_a_gpu_is_an_error_with_the_way_out(name: str) -> None:
     assert registry.build(name).impl == "reference"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels run on CUDA only")
+@pytest.mark.cuda
 @pytest.mark.parametrize("n_tokens", [1, 63, 130])
 @every_layer
 def test_fla_equals_the_reference(name: str, n_tokens: int) -> None:

@@ -130,7 +130,7 @@ def test_bad_options_are_named(options, message):
         registry.build("rwkv7", options)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels run on CUDA only")
+@pytest.mark.cuda
 def test_fla_in_float32_is_an_error_with_the_way_out():
     pytest.importorskip("triton")
     layer = registry.build("rwkv7", {"impl": "fla"}).cuda()

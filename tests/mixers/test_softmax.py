@@ -418,9 +418,8 @@ def test_flash_attn_without_the_package_is_an_error_with_the_way_out():
         registry.build("softmax", {"impl": "flash_attn"})
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("flash_attn") is None or not torch.cuda.is_available(), reason="needs flash-attn and CUDA"
-)
+@pytest.mark.cuda
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="needs the package flash-attn")
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("n_cached", [0, 7])
 def test_flash_attn_equals_the_reference(window, n_cached):
