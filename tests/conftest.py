@@ -23,9 +23,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(GpuReport(path), "gpu_report")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if item.get_closest_marker("cuda"):
+        if not item.get_closest_marker("cuda"):
+            continue
+        if not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        # One process tunes a mixer's kernels, once: with --dist loadgroup its tests stay together.
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        group = "-".join(str(parameters[key]) for key in ("name", "impl") if key in parameters) or item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))

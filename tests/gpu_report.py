@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 import re
 import subprocess
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,22 +15,33 @@ import pytest
 import torch
 
 CONTRACT = re.compile(r"test_contract_cuda\.py::test_contract\[(?P<subject>.+)-(?P<check>[a-z0-9_]+)\]$")
+WRITE_EVERY_S = 5.0
 PACKAGES = ("torch", "triton", "fla-core", "flash-linear-attention", "flash-attn")
 
 
 class GpuReport:
-    """A pytest plugin: collects results (those of xdist's workers too) and writes the page at the end."""
+    """A pytest plugin: collects results (those of xdist's workers too) and writes the page.
+
+    Every few seconds, so that what was found is there when the run is killed.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.results: dict[str, tuple[str, str]] = {}
+        self.written_at = 0.0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
-            self.results[report.nodeid] = (report.outcome, reason(report))
+            self.results[report.nodeid.partition("@")[0]] = (report.outcome, reason(report))
+        if time.monotonic() - self.written_at > WRITE_EVERY_S:
+            self.write(finished=False)
 
     def pytest_sessionfinish(self) -> None:
-        self.path.write_text(page(self.results))
+        self.write(finished=True)
+
+    def write(self, finished: bool) -> None:
+        self.path.write_text(page(self.results, finished))
+        self.written_at = time.monotonic()
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"GPU report: {self.path}")
@@ -45,7 +57,7 @@ def reason(report: pytest.TestReport) -> str:
     return " ".join(str(crash.message if crash else report.longrepr).split())
 
 
-def page(results: dict[str, tuple[str, str]]) -> str:
+def page(results: dict[str, tuple[str, str]], finished: bool = True) -> str:
     contract: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)
     others: dict[str, tuple[str, str]] = {}
     for nodeid, result in results.items():
@@ -53,7 +65,8 @@ def page(results: dict[str, tuple[str, str]]) -> str:
             contract[found["subject"]][found["check"]] = result
         else:
             others[nodeid] = result
-    return "\n".join([*machine(), *contract_table(contract), *other_table(others), ""])
+    unfinished = [] if finished else ["", "**Not finished: the run goes on, or was stopped.**"]
+    return "\n".join([*machine(), *unfinished, *contract_table(contract), *other_table(others), ""])
 
 
 def machine() -> list[str]:
