@@ -9,6 +9,7 @@ import string
 from pathlib import Path
 
 from mixers import registry
+from mixers.declaration import require_name
 from mixers.errors import UserError
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -30,6 +31,7 @@ def scaffold(name: str, folder: Path, *, force: bool = False) -> tuple[Path, Pat
             f"new {name}: a mixer's name is lower-case letters, digits and underscores, starts with a letter and is "
             "no Python keyword; for example my_mixer"
         )
+    require_name(name)
     if name in registry.names() or name in registry.problems():
         raise UserError(f"new {name}: the name is taken by a registered mixer; choose another")
     if not folder.is_dir():

@@ -86,6 +86,12 @@ def test_bad_names_are_refused(tmp_path: Path, name: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_the_word_for_an_empty_slot_is_no_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the name 'none' means an empty slot"):
+        scaffold("none", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_taken_names_are_refused_even_with_force(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="new softmax: the name is taken"):
         scaffold("softmax", tmp_path, force=True)
