@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mixers.base import Mixer, MixerOutput, Traits
 from mixers.delta_heads import ConvState, DeltaHeads, DeltaHeadsConfig
 from mixers.delta_rule import gated_delta_rule, unsupported_by_fla
-from mixers.implementations import require_fla, resolve_fla
+from mixers.implementations import gated_backward_fault, require_fla, resolve_fla
 from mixers.masking import zero_padding
 from mixers.norms import RMSNorm
 from mixers.registry import register
@@ -82,7 +82,8 @@ class DeltaNet(Mixer):
     @property
     def impl(self) -> str:
         weight = self.out.weight
-        unsupported = unsupported_by_fla(weight.dtype, self.config.head_key_dim)
+        # By fla's gated kernels without a decay: its ungated ones don't take float32.
+        unsupported = unsupported_by_fla(weight.dtype, self.config.head_key_dim) or gated_backward_fault(weight.device)
         return resolve_fla(self.config.impl, weight.device, "mixer 'delta_net'", unsupported)
 
     def initial_state(self, batch_size: int, *, device: torch.device | str, dtype: torch.dtype) -> DeltaNetState:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,18 @@ def pytest_configure(config: pytest.Config) -> None:
     if not torch.cuda.is_available():
         raise pytest.UsageError("--gpu-report: this machine has no usable CUDA device; mixlab doctor says why")
     config.pluginmanager.register(GpuReport(path), "gpu_report")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A fault in a kernel spoils the process's CUDA context: a worker of pytest-xdist then ends, and another goes on."""
+    result = yield
+    if hasattr(item.config, "workerinput") and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+    return result
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,15 +1,26 @@
 """The same layer by fla's kernels and by the reference, on CUDA: outputs, states and gradients."""
 
+import pytest
 import torch
 
 from mixers import registry
 from mixers.base import state_tensors
+from mixers.errors import UserError
+
+
+def skip_where_refused(name, options, dtype=torch.float32):
+    """Some cards and versions of triton have no right kernel: the layer says so, and nothing runs to be compared."""
+    try:
+        _ = registry.build(name, options).to("cuda", dtype).impl
+    except UserError as refusal:
+        pytest.skip(str(refusal))
 
 
 def assert_fla_equals_reference(name, n_tokens, dtype=torch.float32, tolerance=1e-2, **options):
     """From a state on, with left padding; the errors are relative norms."""
     torch.manual_seed(n_tokens)
     options = {"d_model": 64, "n_heads": 2, **options}
+    skip_where_refused(name, {**options, "impl": "fla"}, dtype)
     reference = registry.build(name, {**options, "impl": "reference"}).to("cuda", dtype)
     fla = registry.build(name, {**options, "impl": "fla"}).to("cuda", dtype)
     fla.load_state_dict(reference.state_dict())

@@ -291,41 +291,6 @@ def test_bad_options_are_named(options: dict, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("query_norm", ["rms", "rms_float32", "batch", "none"])
-@pytest.mark.parametrize("use_gate", [True, False])
-def test_static_memory_options(query_norm: str, use_gate: bool) -> None:
-    m = ProductKeyMemory(
-        ProductKeyMemory.Config(
-            d_model=10,
-            n_heads=2,
-            top_k=3,
-            n_subkeys=6,
-            key_dim=6,
-            value_dim=5,
-            query_norm=query_norm,
-            use_gate=use_gate,
-        )
-    )
-    x = torch.randn(2, 9, 10)
-    y = m(x).y
-    assert y.shape == x.shape
-    y.square().sum().backward()
-    for name, parameter in m.named_parameters():
-        assert parameter.grad is not None, name
-        assert torch.isfinite(parameter.grad).all(), name
-        assert parameter.grad.abs().max() > 0, name
-
-
-def test_static_query_norms_agree_in_float32() -> None:
-    x = torch.randn(2, 9, 10)
-    outputs = []
-    for query_norm in ("rms", "rms_float32"):
-        torch.manual_seed(0)
-        config = ProductKeyMemory.Config(d_model=10, n_subkeys=6, top_k=3, key_dim=6, query_norm=query_norm)
-        outputs.append(ProductKeyMemory(config)(x).y)
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("scope", ["sequence", "shared"])
 def test_one_chunk_a_write_is_the_same_layer(scope: str) -> None:
     class ByChunk(FastWeightPKM):
