@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """A fault in a kernel spoils the process's CUDA context: a worker of pytest-xdist then ends, and another goes on."""
+    """A fault in a kernel spoils the process's CUDA context: a worker of xdist then ends, and another goes on."""
     result = yield
     if hasattr(item.config, "workerinput") and torch.cuda.is_initialized():
         try:
@@ -47,4 +47,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         # One process tunes a mixer's kernels, once: with --dist loadgroup its tests stay together.
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         group = "-".join(str(parameters[key]) for key in ("name", "impl") if key in parameters) or item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+        if item.config.pluginmanager.hasplugin("xdist"):
+            item.add_marker(pytest.mark.xdist_group(group))

@@ -7,9 +7,9 @@ from torch.nn import functional
 from mixers import registry
 from mixers.delta_rule import gated_delta_rule_chunked, gated_delta_rule_recurrent
 from mixers.errors import UserError
+from tests.mixers.fla_equality import skip_where_refused
 
 B, H, K, V = 2, 2, 5, 3
-from tests.mixers.fla_equality import skip_where_refused
 
 
 def rule_inputs(n_tokens, dtype=torch.float64, decay=0.3):
