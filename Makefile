@@ -25,7 +25,7 @@ test: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 gpu-check: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.ready-dev)
-	$(GPU_PYTHON) -m pytest -n $(GPU_WORKERS) --dist loadgroup --max-worker-restart 100 -m cuda --gpu-report gpu-check.md tests/mixers
+	$(GPU_PYTHON) -m pytest -n $(GPU_WORKERS) --max-worker-restart 100 -m cuda --gpu-report gpu-check.md tests/mixers
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .

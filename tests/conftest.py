@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +19,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--gpu-report")
-    if path is None or hasattr(config, "workerinput"):
+    if path is None:
         return
     if not torch.cuda.is_available():
         raise pytest.UsageError("--gpu-report: this machine has no usable CUDA device; mixlab doctor says why")
-    config.pluginmanager.register(GpuReport(path), "gpu_report")
+    if importlib.util.find_spec("triton") is not None:
+        take_the_first_configuration()
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(GpuReport(path), "gpu_report")
+
+
+def take_the_first_configuration() -> None:
+    """Kernels run as their first configuration says, instead of timing dozens, each compiled: what is asked here is
+    whether they are right. Tuned ones differ in tile sizes and stages."""
+    from triton.runtime.autotuner import Autotuner
+
+    original = Autotuner.__init__
+
+    def with_one(self: Autotuner, fn: object, arg_names: object, configs: list, *args: object, **options: object):
+        original(self, fn, arg_names, configs[:1], *args, **options)
+
+    Autotuner.__init__ = with_one
 
 
 @pytest.hookimpl(wrapper=True)
@@ -44,8 +61,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         if not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        # One process tunes a mixer's kernels, once: with --dist loadgroup its tests stay together.
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        group = "-".join(str(parameters[key]) for key in ("name", "impl") if key in parameters) or item.path.name
-        if item.config.pluginmanager.hasplugin("xdist"):
-            item.add_marker(pytest.mark.xdist_group(group))

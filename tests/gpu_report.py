@@ -32,7 +32,7 @@ class GpuReport:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
-            self.results[report.nodeid.partition("@")[0]] = (report.outcome, reason(report))
+            self.results[report.nodeid] = (report.outcome, reason(report))
         if time.monotonic() - self.written_at > WRITE_EVERY_S:
             self.write(finished=False)
 
