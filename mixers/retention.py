@@ -12,7 +12,7 @@ from torch.nn import functional
 from mixers.base import Mixer, MixerOutput, Traits
 from mixers.decay_attention import decay_attention, why_not_fla
 from mixers.head_widths import HeadWidthsConfig
-from mixers.implementations import require_fla, resolve_fla
+from mixers.implementations import gated_backward_fault, require_fla, resolve_fla
 from mixers.masking import zero_padding
 from mixers.registry import register
 from mixers.rope import rope_tables, rotate
@@ -102,7 +102,9 @@ class Retention(Mixer):
     @property
     def impl(self) -> str:
         weight = self.q.weight
+        # A mask makes the decay one of each token, which takes the gated kernel.
         unsupported = why_not_fla(weight.dtype, self.config.head_key_dim, self.config.head_value_dim)
+        unsupported = unsupported or gated_backward_fault(weight.device, mended_by_tilelang=False)
         return resolve_fla(self.config.impl, weight.device, "mixer 'retention'", unsupported)
 
     def initial_state(self, batch_size: int, *, device: torch.device | str, dtype: torch.dtype) -> RetentionState:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,16 +31,23 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def take_the_first_configuration() -> None:
-    """Kernels run as their first configuration says, instead of timing dozens, each compiled: what is asked here is
-    whether they are right. Tuned ones differ in tile sizes and stages."""
+    """Kernels run as the first of their configurations that fits the card, instead of timing dozens, each compiled:
+    what is asked here is whether they are right. Tuned ones differ in tile sizes and stages."""
     from triton.runtime.autotuner import Autotuner
+    from triton.runtime.errors import OutOfResources
 
-    original = Autotuner.__init__
+    tune = Autotuner.run
 
-    def with_one(self: Autotuner, fn: object, arg_names: object, configs: list, *args: object, **options: object):
-        original(self, fn, arg_names, configs[:1], *args, **options)
+    def run(self: Autotuner, *args: Any, **options: Any) -> Any:
+        while len(self.configs) > 1:
+            rest, self.configs = self.configs[1:], self.configs[:1]
+            try:
+                return tune(self, *args, **options)
+            except OutOfResources:
+                self.configs = rest
+        return tune(self, *args, **options)
 
-    Autotuner.__init__ = with_one
+    Autotuner.run = run
 
 
 @pytest.hookimpl(wrapper=True)

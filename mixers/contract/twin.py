@@ -16,7 +16,7 @@ def twin(subject: Subject) -> None:
     """
     mixer, readable = subject.build(), subject.readable()
     if mixer.impl == readable.impl:
-        raise NotApplicable(f"runs as {mixer.impl!r}, which has no other implementation to be compared with here")
+        raise NotApplicable(f"runs as {mixer.impl!r} only here")
     n_tokens = n_tokens_to_try(mixer)
     x = subject.tokens(mixer, 2, n_tokens)
     mask = subject.mask(2, n_tokens)

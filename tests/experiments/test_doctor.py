@@ -19,10 +19,12 @@ from mixers import implementations, registry
 ROOT = Path(__file__).parent.parent.parent
 BROKEN_MIXER = """
 from mixers.base import Mixer
+from mixers.base import Traits
 from mixers.registry import register
 
 @register("needs_more")
 class NeedsMore(Mixer):
+    traits = Traits()
     def __init__(self, config):
         raise OSError("no licence")
     def reset_parameters(self): ...

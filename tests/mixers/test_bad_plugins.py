@@ -209,5 +209,5 @@ def test_the_table_fits_100_columns(plugin) -> None:
     assert max(map(len, lines)) <= 100
     assert "…" not in done.output
     assert "devices" in lines[2]
-    assert len(lines) == 3 + len(registry.names())
+    assert len(lines) == 4 + len(registry.names())
     assert next(line for line in lines if line.startswith("softmax")).split()[4:6] == ["cpu", "cuda"]

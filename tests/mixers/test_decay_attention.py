@@ -5,6 +5,7 @@ import torch
 
 from mixers.decay_attention import decay_attention, decay_attention_chunked, decay_attention_recurrent
 from mixers.errors import UserError
+from mixers.implementations import gated_backward_fault
 
 B, H, K, V = 2, 2, 5, 3
 BOTH = (decay_attention_recurrent, decay_attention_chunked)
@@ -140,6 +141,9 @@ def test_half_precision_inputs_are_computed_in_float32_even_under_autocast(decay
 @pytest.mark.parametrize("decay", [0.3, 50.0])
 def test_fla_equals_the_reference(by_channel, n_tokens, decay):
     pytest.importorskip("triton")
+    fault = "" if by_channel else gated_backward_fault(torch.device("cuda"), mended_by_tilelang=False)
+    if fault:
+        pytest.skip(fault)
     torch.manual_seed(0)
     q, k, v = torch.randn(3, B, n_tokens, H, 32, device="cuda")
     log_decay = -decay * torch.rand(B, n_tokens, *((H, 32) if by_channel else (H,)), device="cuda")
