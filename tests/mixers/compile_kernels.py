@@ -1,7 +1,7 @@
-"""Compile each kernel of mixers.kernels for sm_90 and print its registers, spills and shared memory.
+"""Compile each kernel of mixers.kernels for sm_90 and print its shared memory.
 
-A program of its own (``python tests/mixers/compile_kernels.py``), run by test_kernels_compile.py. The launchers choose
-the block sizes: each kernel is replaced by a recorder, a call is made on meta tensors, and what was recorded is compiled.
+A program of its own (``python tests/mixers/compile_kernels.py``), run by test_kernels_compile.py. The launchers
+choose the block sizes: each kernel is replaced by a recorder that compiles what it is launched with, on meta tensors.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def launch_all(heads: int, top_k: int, n: int, key_dim: int, value_dim: int, sco
     key_backward.key_direction(q, keys, keys, indices, listed, listed, listed, listed, chunk, score)
     for later in (None, keys):
         key_backward.key_gradients(
-            q, keys, later, indices, listed, listed, listed, listed, listed, mean, mean, q, listed, listed, chunk, score,
-            1.0, 1.0,
+            q, keys, later, indices, listed, listed, listed, listed, listed, mean, mean, q, listed, listed, chunk,
+            score, 1.0, 1.0,
         )  # fmt: skip
 
 
