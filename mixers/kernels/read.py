@@ -1,0 +1,119 @@
+"""Weighted gather of value rows, with the error of what was read."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mixers.kernels.chunk import Chunk, token_of
+
+
+@triton.jit(do_not_specialize=["n_table", "n_rows", "n_chunk", "n_tokens", "start", "lookahead"])
+def read_kernel(
+    table,  # (M,N,V)
+    slots,  # (M,R,T,J) int64
+    weights,  # (M,R,T,J)
+    v,  # (M,R,T,V), WRITE only
+    pair_weight,  # (M,R,T), WRITE only
+    out,  # out (M,R,T,V)
+    error,  # out (M,S,V), WRITE only
+    squared_error,  # out (M,R,T), WRITE only
+    n_table,
+    n_rows,
+    n_chunk,
+    n_tokens,
+    start,
+    lookahead,
+    N_READ: tl.constexpr,
+    VALUE: tl.constexpr,
+    WRITE: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    query = tl.program_id(0)
+    memory = tl.program_id(1)
+    token = token_of(query, memory, n_rows, n_chunk, n_tokens, start)
+    v_index = tl.arange(0, BLOCK_V)
+    inside = v_index < VALUE
+    first_row = memory.to(tl.int64) * n_table
+    read = tl.zeros((BLOCK_V,), dtype=table.dtype.element_ty)
+    for first in range(0, N_READ, BLOCK_J):
+        j = first + tl.arange(0, BLOCK_J)
+        slot = tl.load(slots + token * N_READ + j, j < N_READ, 0)
+        weight = tl.load(weights + token * N_READ + j, j < N_READ, 0.0)
+        rows = tl.load(
+            table + (first_row + slot)[:, None] * VALUE + v_index[None, :], (j < N_READ)[:, None] & inside[None, :], 0.0
+        )
+        read += tl.sum(weight[:, None] * rows, axis=0)
+    tl.store(out + token * VALUE + v_index, read, inside)
+    if WRITE:
+        writes = query % n_chunk + lookahead < n_chunk
+        target = tl.load(v + (token + lookahead) * VALUE + v_index, inside & writes, 0.0)
+        difference = tl.where(inside & writes, read - target, 0.0)
+        weight = tl.load(pair_weight + token)
+        scratch = (memory.to(tl.int64) * n_rows * n_chunk + query) * VALUE
+        tl.store(error + scratch + v_index, weight * difference, inside)
+        tl.store(squared_error + token, weight * (tl.sum(difference * difference, axis=0) / VALUE))
+
+
+def read_and_err(
+    table: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    v: Tensor,
+    pair_weight: Tensor,
+    out: Tensor,
+    error: Tensor,
+    squared_error: Tensor,
+    chunk: Chunk,
+    lookahead: int,
+) -> None:
+    """The chunk's part of ``out`` (M,R,T,V), read_t = sum_j w_tj table[slot_tj], and what its pairs will write.
+
+    error (M,S,V), scratch for one chunk: pair_weight_t (read_t - v_{t+L}), zero for the last L tokens of the chunk.
+    squared_error (M,R,T): pair_weight_t mean_V (read_t - v_{t+L})^2.
+
+    Bytes per token: J V table elements, scattered in rows of V; V of v in; 2 V out.
+    """
+    _launch(table, slots, weights, v, pair_weight, out, error, squared_error, chunk, lookahead, write=True)
+
+
+def read_rows(table: Tensor, slots: Tensor, weights: Tensor, out: Tensor, chunk: Chunk) -> None:
+    """out (M,R,T,V) = sum_j weights_j table[slots_j] for table (M,N,V), slots and weights (M,R,T,J).
+
+    Bytes per token: J V table elements in, V out, 12 J of slots and weights.
+    """
+    _launch(table, slots, weights, out, weights, out, out, weights, chunk, 0, write=False)
+
+
+def _launch(table, slots, weights, v, pair_weight, out, error, squared_error, chunk, lookahead, *, write) -> None:
+    value_dim, n_read = table.shape[-1], slots.shape[-1]
+    block_v = triton.next_power_of_2(value_dim)
+    read_kernel[(chunk.n_queries, chunk.n_memories)](
+        table,
+        slots,
+        weights,
+        v,
+        pair_weight,
+        out,
+        error,
+        squared_error,
+        table.shape[1],
+        chunk.n_rows,
+        chunk.n_chunk,
+        chunk.n_tokens,
+        chunk.start,
+        lookahead,
+        N_READ=n_read,
+        VALUE=value_dim,
+        WRITE=write,
+        BLOCK_J=rows_at_once(n_read, block_v),
+        BLOCK_V=block_v,
+        num_warps=4 if block_v >= 512 else 2 if block_v >= 256 else 1,
+    )
+
+
+def rows_at_once(n_read: int, block_v: int) -> int:
+    """How many rows a program keeps in flight: at most 4096 elements, 32 to a thread of four warps."""
+    return max(1, min(triton.next_power_of_2(n_read), 4096 // block_v))

@@ -1,0 +1,138 @@
+"""Compile each kernel of mixers.kernels for sm_90 and print its shared memory.
+
+A program of its own (``python tests/mixers/compile_kernels.py``), run by test_kernels_compile.py. The launchers
+choose the block sizes: each kernel is replaced by a recorder that compiles what it is launched with, on meta tensors.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mixers.kernels.chunk import Chunk
+from mixers.kernels.groups import Groups
+
+TARGET = GPUTarget("cuda", 90, 32)
+TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32"}
+
+
+class Recorder:
+    """Stands for a kernel and compiles what it is launched with."""
+
+    def __init__(self, kernel) -> None:
+        self.kernel, self.name = kernel, kernel.__name__
+
+    def __getitem__(self, grid):
+        assert all(size > 0 for size in grid), grid
+        return self.compile
+
+    def compile(self, *args, num_warps=4, num_stages=3, **constants) -> None:
+        names = [name for name in self.kernel.arg_names if name not in constants]
+        assert len(names) == len(args), (self.name, names)
+        signature = {name: _type_of(value) for name, value in zip(names, args, strict=True)}
+        signature |= dict.fromkeys(constants, "constexpr")
+        ordered = {name: signature[name] for name in self.kernel.arg_names}
+        attributes = {
+            (self.kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+            for name, kind in signature.items()
+            if kind.startswith("*")
+        }
+        compiled = triton.compile(
+            ASTSource(fn=self.kernel, signature=ordered, constexprs=constants, attrs=attributes),
+            target=TARGET,
+            options={"num_warps": num_warps, "num_stages": num_stages},
+        )
+        assert compiled.asm["cubin"]
+        assert compiled.metadata.shared <= 227 * 1024, (self.name, compiled.metadata.shared)
+        print(f"{self.name}: {num_warps} warps, {compiled.metadata.shared} B shared", constants.get("BLOCK_S", ""))
+        DONE.add(self.name)
+
+
+DONE: set[str] = set()
+
+
+def _type_of(value) -> str:
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def launch_all(heads: int, top_k: int, n: int, key_dim: int, value_dim: int, score: str) -> None:
+    """Every launcher of the fast-weight and the static memory, once."""
+    from mixers.kernels import address, key_backward, key_step, read, read_backward, row_dots, select, update, use
+
+    def real(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, device="meta")
+
+    def whole(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.empty(*shape, device="meta", dtype=dtype)
+
+    chunk = Chunk(1, 8, 4096, 512, 512)
+    tokens, reads = (1, 8, 4096), heads * top_k
+    n_accesses = 8 * 4096 * reads
+    q, keys = real(*tokens, heads, key_dim), real(1, heads, 2, n, key_dim // 2)
+    table, row = real(1, n * n, value_dim), real(*tokens, value_dim)
+    listed, joint = real(*tokens, heads, 2, top_k), real(*tokens, reads)
+    indices, pairs = whole(*listed.shape, dtype=torch.int32), whole(*joint.shape, dtype=torch.int32)
+    slots, scratch, each = whole(*joint.shape), real(1, 4096, value_dim), real(*tokens)
+    mean, accesses = real(1, 2, n), whole(n_accesses)
+    groups = Groups(accesses, accesses, accesses, accesses)
+    select.select_halves(q, keys, indices, chunk, score)
+    for together in (True, False):
+        address.address(
+            q, keys, indices, listed, listed, pairs, slots, joint, chunk, score, 1.0, joint=together
+        )  # fmt: skip
+    use.mean_use(indices, listed, mean, chunk)
+    key_step.descend_entropy(q, keys, indices, listed, listed, mean, keys, chunk, score, 1.0, 1.0)
+    key_step.key_step_backward(q, keys, indices, listed, listed, keys, keys, chunk, score)
+    read.read_and_err(table, slots, joint, row, each, row, scratch, each, chunk, 1)
+    read.read_rows(table, slots, joint, row, chunk)
+    row_dots.row_dots(table, slots, row, joint, chunk)
+    kept = real(n_accesses, value_dim)
+    update.step_rows(table, scratch, joint, real(1), groups, kept, chunk)
+    update.add_rows(table, scratch, joint, groups, chunk)
+    for d_weights in (None, joint):
+        read_backward.chunk_backward(
+            table, kept, slots, accesses, real(n_accesses), joint, pairs, row, row, each, row, d_weights, 1.0, scratch,
+            row, each, listed, chunk, 1, heads,
+        )  # fmt: skip
+    for together in (True, False):
+        read_backward.weights_backward(
+            table, slots, joint, pairs, row, 1.0, listed, chunk, heads, joint=together
+        )  # fmt: skip
+    key_backward.key_direction(q, keys, keys, indices, listed, listed, listed, listed, chunk, score)
+    for later in (None, keys):
+        key_backward.key_gradients(
+            q, keys, later, indices, listed, listed, listed, listed, listed, mean, mean, q, listed, listed, chunk,
+            score, 1.0, 1.0,
+        )  # fmt: skip
+
+
+def main() -> None:
+    for module in (
+        "address",
+        "key_backward",
+        "key_step",
+        "read",
+        "read_backward",
+        "row_dots",
+        "select",
+        "update",
+        "use",
+    ):
+        place = importlib.import_module(f"mixers.kernels.{module}")
+        for name, value in list(vars(place).items()):
+            if name.endswith("_kernel") and isinstance(value, triton.JITFunction):
+                setattr(place, name, Recorder(value))
+    launch_all(heads=1, top_k=8, n=512, key_dim=512, value_dim=512, score="idw")
+    launch_all(heads=2, top_k=3, n=33, key_dim=6, value_dim=5, score="idw")
+    launch_all(heads=4, top_k=32, n=128, key_dim=64, value_dim=96, score="dot")
+    print(f"{len(DONE)} kernels")
+
+
+if __name__ == "__main__":
+    main()

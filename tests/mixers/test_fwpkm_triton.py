@@ -1,0 +1,48 @@
+"""The Triton implementation against the readable one: in triton's interpreter in float64, on a GPU in float32."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_equals_the_reference_in_the_interpreter() -> None:
+    # A process of its own: whether kernels are interpreted is decided when triton is first imported.
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-m", "mixers.fwpkm.gpu_check", "--json"],
+        env=environment, capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["bound"] <= 1e-10
+    assert len(found["checks"]) == 7
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("case", range(6))
+def test_equals_the_reference_on_a_gpu(case: int) -> None:
+    from mixers.fwpkm.gpu_check import CASES, compare
+
+    sizes = {"B": 3, "T": 300, "K": 64, "n": 45, "V": 96, "k": 5, "C": 64}
+    errors = compare(CASES[case], sizes, torch.float32, "cuda")
+    assert max(errors.values()) <= 2e-5, errors
+
+
+def test_unsupported_options_are_named() -> None:
+    from mixers.fwpkm.gpu_check import draw, options_of
+    from mixers.fwpkm.triton_chunks import unsupported
+
+    parts = draw(1, 1, 3, 1, 4, 4, 3, torch.float32, "cpu")
+    assert "cuda" in unsupported(parts["q"], parts["values"], 4, options_of(top_k=2))
