@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mixers.base import Mixer, MixerConfig, MixerOutput, ParameterOptions, Traits
-from mixers.fwpkm.functional import fast_weight_pkm, resolve_impl
+from mixers.fwpkm.functional import fast_weight_pkm
 from mixers.masking import zero_padding
 from mixers.norms import RMSNorm
 from mixers.product_keys import read, select
@@ -42,7 +42,7 @@ class FastWeightPKMConfig(MixerConfig):
     gate_weighting: bool = Field(True, description="the gate also weights what is written")
     gate_outputs: int = Field(1, gt=0, description="outputs of the gate projection, averaged before the sigmoid")
     z_score: bool = Field(True, description="standardise every value over its width")
-    impl: Literal["auto", "reference"] = "auto"
+    impl: Literal["auto", "reference", "sparse"] = "auto"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -117,7 +117,6 @@ class FastWeightPKM(Mixer):
         super().__init__(config)
         c = config
         self.key_dim, self.value_dim = c.key_dim or c.d_model, c.value_dim or c.d_model
-        resolve_impl(c.impl)
         self.q_norm, self.v_norm = RMSNorm(c.d_model), RMSNorm(c.d_model)
         self.q_proj = nn.Linear(c.d_model, c.n_heads * self.key_dim)
         self.v_proj = nn.Linear(c.d_model, self.value_dim)
@@ -155,7 +154,10 @@ class FastWeightPKM(Mixer):
 
     @property
     def impl(self) -> str:
-        return resolve_impl(self.config.impl)
+        c = self.config
+        if c.impl == "auto":
+            return "reference" if c.weight_decay else "sparse"
+        return c.impl
 
     @property
     def state_scope(self) -> str:
