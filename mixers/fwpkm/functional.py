@@ -118,7 +118,7 @@ def fast_weight_pkm(
         values = values.expand(n_memories, *values.shape)
 
     def per_memory(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.reshape(n_memories, -1, *tensor.shape[1:])
+        return None if tensor is None else tensor.reshape(n_memories, n_sequences // n_memories, *tensor.shape[1:])
 
     out = write_chunks(per_memory(q), per_memory(v), per_memory(gate), keys, values, per_memory(mask), options)
     shape = (n_sequences, n_tokens)

@@ -9,7 +9,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mixers.base import Mixer, MixerConfig, MixerOutput, ParameterOptions, Traits
-from mixers.fwpkm.functional import fast_weight_pkm
+from mixers.fwpkm.functional import empty_rows, fast_weight_pkm
+from mixers.fwpkm.reference import ChunkOptions
+from mixers.fwpkm.sparse import write_chunks_sparsely
+from mixers.fwpkm.touched_rows import overlay
 from mixers.masking import zero_padding
 from mixers.norms import RMSNorm
 from mixers.product_keys import read, select
@@ -243,7 +246,13 @@ class FastWeightPKM(Mixer):
         n_written = max(n_written, 0)
         keys, values = state.keys, state.values
         rows, slots, losses = [], [], {}
-        if n_written:
+        if self.impl == "sparse":
+            keys, values, sparse_rows, sparse_slots, losses = self._sparsely(
+                q, v, gate, mask, state, n_written, return_state
+            )
+            rows.append(sparse_rows[:, n_waiting:])
+            slots.append(sparse_slots[:, n_waiting:])
+        elif n_written:
             out = fast_weight_pkm(
                 q[:, :n_written],
                 v[:, :n_written],
@@ -269,7 +278,7 @@ class FastWeightPKM(Mixer):
             rows.append(out.read[:, n_waiting:])
             slots.append(out.slots[:, n_waiting:])
             losses = {"value_loss": out.value_loss, "address_loss": out.address_loss}
-        first_unread = max(n_written, n_waiting)
+        first_unread = q.shape[1] if self.impl == "sparse" else max(n_written, n_waiting)
         if first_unread < q.shape[1] or not rows:
             tail_rows, tail_slots = self._read_only(q[:, first_unread:], keys, values)
             rows.append(tail_rows)
@@ -284,6 +293,46 @@ class FastWeightPKM(Mixer):
             None if mask is None else mask[:, n_full:].clone(),
         )
         return torch.cat(rows, dim=1), torch.cat(slots, dim=1), new_state, losses
+
+    def _sparsely(
+        self,
+        q: Tensor,
+        v: Tensor,
+        gate: Tensor | None,
+        mask: Tensor | None,
+        state: FastWeightState,
+        n_written: int,
+        return_state: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """keys and values after the call, rows (B,T,V), slots (B,T,H,k), losses; the table is copied only into a state
+        that is asked for, after a write."""
+        c = self.config
+        options = ChunkOptions(
+            chunk_size=c.chunk_size,
+            top_k=c.top_k,
+            lookahead=c.lookahead,
+            lr=c.lr,
+            weight_decay=c.weight_decay,
+            score=c.score,
+            temperature=c.temperature,
+            address_weight=c.address_weight,
+            value_loss_to_keys=c.value_loss_to_keys,
+            clip=c.clip,
+            update_scale=c.update_scale,
+        )
+        # A fresh state repeats one table for every memory: that one is enough.
+        is_repeated = state.values.data_ptr() == self.values.data_ptr() and state.values.dtype == self.values.dtype
+        base = self.values.unsqueeze(0) if is_repeated else state.values
+        pair_mask = None if mask is None else _pair_mask(mask, c.lookahead)
+        out = write_chunks_sparsely(
+            q, v, gate, state.keys, base, *empty_rows(base), pair_mask, n_written, options
+        )  # fmt: skip
+        values = state.values
+        if return_state and n_written:
+            values = overlay(base, out.codes, out.rows, state.keys.shape[0])
+        losses = {"value_loss": out.value_loss, "address_loss": out.address_loss} if n_written else {}
+        slots = out.slots.view(*q.shape[:3], c.top_k)
+        return (out.keys if n_written else state.keys), values, out.read, slots, losses
 
     def _read_only(self, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Rows (B,T,V) and slots (B,T,H,k) that q (B,T,H,K) reads from the memory as it is."""

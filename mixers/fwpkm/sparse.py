@@ -190,8 +190,16 @@ class _SparseChunks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_read: Tensor | None, d_keys: Tensor | None, _codes: None, d_rows: Tensor | None, _slots: None,
-                 d_weights: Tensor | None, *_losses: None) -> tuple[Tensor | None, ...]:  # fmt: skip
+    def backward(
+        ctx: Any,
+        d_read: Tensor | None,
+        d_keys: Tensor | None,
+        _codes: None,
+        d_rows: Tensor | None,
+        _slots: None,
+        d_weights: Tensor | None,
+        *_losses: None,
+    ) -> tuple[Tensor | None, ...]:
         q, v, gate, mask, read, all_codes, *saved = ctx.saved_tensors
         key_shape, n_written, options = ctx.call_options
         base_shape, rows_shape, n_out = ctx.sizes
