@@ -17,6 +17,7 @@ from mixers.product_keys import Score
 Scope = Literal["sequence", "shared"]
 UpdateScale = Literal["paper", "released"]
 IMPLEMENTATIONS = ("auto", "reference", "sparse")
+LARGE_TABLE = 16
 
 
 class FastWeightOutput(NamedTuple):
@@ -80,7 +81,7 @@ def fast_weight_pkm(
         mask: (B,T) bool or 0/1; False keeps pair (t, t+L) from being written. It does not change reads, counts or
             the addressing loss.
         scope: ``sequence``, one memory per sequence; ``shared``, all sequences read and write one.
-        impl: ``reference`` or ``auto``.
+        impl: ``reference``; ``sparse``, the same without passes over the table, for no weight_decay; or ``auto``.
 
     Gradients flow into q, v, gate, keys and values through every write of the call; the choice of slots is constant.
     ``value_loss`` and ``address_loss`` are means over the call's pairs and chunks; they are for logging and belong
@@ -109,7 +110,7 @@ def fast_weight_pkm(
     n_sequences, n_tokens, n_heads, _ = q.shape
     # A memory is used by R sequences: all of them (shared), or one each (sequence).
     n_memories = n_sequences if scope == "sequence" else 1
-    resolved = resolve_impl(impl, options, n_tokens, n_slots=values.shape[-2], n_memories=n_memories)
+    resolved = resolve_impl(impl, options, values.shape[-2], n_heads)
     if resolved == "sparse":
         return _sparse(q, v, gate, keys, values, mask, n_memories, scope, options)
 
@@ -209,15 +210,17 @@ def empty_rows(base: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty(0, dtype=torch.int64, device=base.device), base.new_empty(0, base.shape[-1])
 
 
-def resolve_impl(impl: str, options: ChunkOptions, n_tokens: int, n_slots: int, n_memories: int) -> str:
+def resolve_impl(impl: str, options: ChunkOptions, n_slots: int, n_heads: int) -> str:
     """The implementation that ``impl`` stands for with these options and sizes: ``reference`` or ``sparse``.
 
-    ``auto`` takes ``sparse`` wherever the options have a sparse form.
+    ``auto`` takes ``sparse`` where the options have a sparse form and the table holds at least 16 times the slots that
+    a sequence accesses in a chunk, so that passes over the table outweigh the accesses. The 16 is not yet measured.
     """
     require_impl(impl)
-    if impl == "auto":
-        return "reference" if why_not_sparse(options) else "sparse"
-    return impl
+    if impl != "auto":
+        return impl
+    is_large = n_slots >= LARGE_TABLE * options.chunk_size * n_heads * options.top_k
+    return "sparse" if is_large and not why_not_sparse(options) else "reference"
 
 
 def require_impl(impl: str) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mixers.base import Mixer, MixerConfig, MixerOutput, ParameterOptions, Traits
-from mixers.fwpkm.functional import empty_rows, fast_weight_pkm
+from mixers.fwpkm.functional import empty_rows, fast_weight_pkm, resolve_impl
 from mixers.fwpkm.reference import ChunkOptions
 from mixers.fwpkm.sparse import write_chunks_sparsely
 from mixers.fwpkm.touched_rows import overlay
@@ -158,9 +158,7 @@ class FastWeightPKM(Mixer):
     @property
     def impl(self) -> str:
         c = self.config
-        if c.impl == "auto":
-            return "reference" if c.weight_decay else "sparse"
-        return c.impl
+        return resolve_impl(c.impl, self._options(), c.n_subkeys**2, c.n_heads)
 
     @property
     def state_scope(self) -> str:
@@ -294,6 +292,22 @@ class FastWeightPKM(Mixer):
         )
         return torch.cat(rows, dim=1), torch.cat(slots, dim=1), new_state, losses
 
+    def _options(self) -> ChunkOptions:
+        c = self.config
+        return ChunkOptions(
+            chunk_size=c.chunk_size,
+            top_k=c.top_k,
+            lookahead=c.lookahead,
+            lr=c.lr,
+            weight_decay=c.weight_decay,
+            score=c.score,
+            temperature=c.temperature,
+            address_weight=c.address_weight,
+            value_loss_to_keys=c.value_loss_to_keys,
+            clip=c.clip,
+            update_scale=c.update_scale,
+        )
+
     def _sparsely(
         self,
         q: Tensor,
@@ -307,25 +321,14 @@ class FastWeightPKM(Mixer):
         """keys and values after the call, rows (B,T,V), slots (B,T,H,k), losses; the table is copied only into a state
         that is asked for, after a write."""
         c = self.config
-        options = ChunkOptions(
-            chunk_size=c.chunk_size,
-            top_k=c.top_k,
-            lookahead=c.lookahead,
-            lr=c.lr,
-            weight_decay=c.weight_decay,
-            score=c.score,
-            temperature=c.temperature,
-            address_weight=c.address_weight,
-            value_loss_to_keys=c.value_loss_to_keys,
-            clip=c.clip,
-            update_scale=c.update_scale,
-        )
         # A fresh state repeats one table for every memory: that one is enough.
-        is_repeated = state.values.data_ptr() == self.values.data_ptr() and state.values.dtype == self.values.dtype
+        is_repeated = state.values.data_ptr() == self.values.data_ptr() and (
+            state.values.requires_grad == self.values.requires_grad or not torch.is_grad_enabled()
+        )
         base = self.values.unsqueeze(0) if is_repeated else state.values
         pair_mask = None if mask is None else _pair_mask(mask, c.lookahead)
         out = write_chunks_sparsely(
-            q, v, gate, state.keys, base, *empty_rows(base), pair_mask, n_written, options
+            q, v, gate, state.keys, base, *empty_rows(base), pair_mask, n_written, self._options()
         )  # fmt: skip
         values = state.values
         if return_state and n_written:

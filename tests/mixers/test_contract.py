@@ -56,6 +56,7 @@ OPTIONS = {
     ],
     "pkm": [{"n_subkeys": 8, "n_heads": 2, "key_dim": 8, "value_dim": 8, "top_k": 4}],
     "fwpkm": [
+        {"impl": "sparse", "n_subkeys": 8, "key_dim": 8, "value_dim": 8, "top_k": 4, "chunk_size": 8},
         {"n_subkeys": 8, "key_dim": 8, "value_dim": 8, "top_k": 4, "chunk_size": 8},
         {"n_subkeys": 8, "key_dim": 8, "value_dim": 8, "top_k": 4, "chunk_size": 8, "scope": "shared"},
     ],
