@@ -50,16 +50,8 @@ def select(queries: Tensor, keys: Tensor, top_k: int, score: Score) -> Selection
     n_memories, n_queries, n_heads, key_dim = queries.shape
     n_subkeys = keys.shape[3]
     halves = queries.reshape(n_memories, n_queries, n_heads, 2, key_dim // 2)
-
-    with torch.no_grad():
-        coarse = torch.einsum("mshak,mhank->mshan", halves, keys)
-        if score == "idw":
-            # |q|^2 is the same for all sub-keys of a query: it does not change the order.
-            coarse = 2 * coarse - keys.square().sum(-1).unsqueeze(1)
-        half_indices = coarse.topk(top_k, dim=-1).indices
-
-    tables = torch.arange(n_memories * n_heads * 2, device=keys.device).view(n_memories, 1, n_heads, 2, 1)
-    half_keys = F.embedding(half_indices + tables * n_subkeys, keys.reshape(-1, key_dim // 2))
+    half_indices = best_halves(halves, keys, top_k, score)
+    half_keys = F.embedding(table_rows(half_indices, n_subkeys), keys.reshape(-1, key_dim // 2))
     if score == "idw":
         half_distances = (halves.unsqueeze(-2) - half_keys).square().sum(-1)
         half_scores = -torch.log(IDW_EPS + half_distances)
@@ -67,11 +59,35 @@ def select(queries: Tensor, keys: Tensor, top_k: int, score: Score) -> Selection
         half_distances = None
         half_scores = (halves.unsqueeze(-2) * half_keys).sum(-1)
 
+    scores, pairs, slots = best_pairs(half_scores, half_indices, n_subkeys)
+    return Selection(half_indices, half_keys, half_distances, half_scores, pairs, slots, scores)
+
+
+@torch.no_grad()
+def best_halves(halves: Tensor, keys: Tensor, top_k: int, score: Score) -> Tensor:
+    """The k best of the sub-keys (M,H,2,n,K/2) for each half (M,S,H,2,K/2): (M,S,H,2,k) int64, best first."""
+    coarse = torch.einsum("mshak,mhank->mshan", halves, keys)
+    if score == "idw":
+        # |q|^2 is the same for all sub-keys of a query: it does not change the order.
+        coarse = 2 * coarse - keys.square().sum(-1).unsqueeze(1)
+    return coarse.topk(top_k, dim=-1).indices
+
+
+def best_pairs(half_scores: Tensor, half_indices: Tensor, n_subkeys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k best sums of one score of each half: scores, pairs and slots (M,S,H,k) of :class:`Selection`."""
+    top_k = half_scores.shape[-1]
     sums = (half_scores[..., 0, :, None] + half_scores[..., 1, None, :]).flatten(-2)
     scores, pairs = sums.topk(top_k, dim=-1)
     first = half_indices[..., 0, :].gather(-1, pairs // top_k)
     second = half_indices[..., 1, :].gather(-1, pairs % top_k)
-    return Selection(half_indices, half_keys, half_distances, half_scores, pairs, first * n_subkeys + second, scores)
+    return scores, pairs, first * n_subkeys + second
+
+
+def table_rows(half_indices: Tensor, n_subkeys: int) -> Tensor:
+    """Sub-keys (M,S,H,2,k) of each memory, head and half as rows of the whole table (M*H*2*n)."""
+    n_memories, _, n_heads = half_indices.shape[:3]
+    tables = torch.arange(n_memories * n_heads * 2, device=half_indices.device).view(n_memories, 1, n_heads, 2, 1)
+    return half_indices + tables * n_subkeys
 
 
 def read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:

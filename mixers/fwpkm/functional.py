@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mixers.errors import UserError
 from mixers.fwpkm.reference import ChunkOptions, write_chunks
+from mixers.fwpkm.sparse import SparseOutput, why_not_sparse, write_chunks_sparsely
+from mixers.fwpkm.touched_rows import overlay
 from mixers.product_keys import Score
 
 Scope = Literal["sequence", "shared"]
 UpdateScale = Literal["paper", "released"]
-IMPLEMENTATIONS = ("auto", "reference")
+IMPLEMENTATIONS = ("auto", "reference", "sparse")
+LARGE_TABLE = 16
 
 
 class FastWeightOutput(NamedTuple):
@@ -77,7 +81,7 @@ def fast_weight_pkm(
         mask: (B,T) bool or 0/1; False keeps pair (t, t+L) from being written. It does not change reads, counts or
             the addressing loss.
         scope: ``sequence``, one memory per sequence; ``shared``, all sequences read and write one.
-        impl: ``reference`` or ``auto``.
+        impl: ``reference``; ``sparse``, the same without passes over the table, for no weight_decay; or ``auto``.
 
     Gradients flow into q, v, gate, keys and values through every write of the call; the choice of slots is constant.
     ``value_loss`` and ``address_loss`` are means over the call's pairs and chunks; they are for logging and belong
@@ -103,17 +107,19 @@ def fast_weight_pkm(
         update_scale=update_scale,
     )
     _check(q, v, gate, keys, values, mask, scope, activation, options)
-    resolve_impl(impl)
-
     n_sequences, n_tokens, n_heads, _ = q.shape
     # A memory is used by R sequences: all of them (shared), or one each (sequence).
     n_memories = n_sequences if scope == "sequence" else 1
+    resolved = resolve_impl(impl, options, values.shape[-2], n_heads)
+    if resolved == "sparse":
+        return _sparse(q, v, gate, keys, values, mask, n_memories, scope, options)
+
     if keys.ndim == 4:
         keys = keys.expand(n_memories, *keys.shape)
         values = values.expand(n_memories, *values.shape)
 
     def per_memory(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.reshape(n_memories, -1, *tensor.shape[1:])
+        return None if tensor is None else tensor.reshape(n_memories, n_sequences // n_memories, *tensor.shape[1:])
 
     out = write_chunks(per_memory(q), per_memory(v), per_memory(gate), keys, values, per_memory(mask), options)
     shape = (n_sequences, n_tokens)
@@ -124,16 +130,103 @@ def fast_weight_pkm(
         new_values,
         out.slots.reshape(*shape, n_heads, top_k),
         out.weights.reshape(*shape, n_heads, top_k),
+        out.value_loss.detach(),
+        out.address_loss.detach(),
+    )
+
+
+def _sparse(
+    q: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    n_memories: int,
+    scope: str,
+    options: ChunkOptions,
+) -> FastWeightOutput:
+    """The sparse implementation; the whole tables are put together from what was touched when they are asked for."""
+    base = values.unsqueeze(0) if values.ndim == 2 else values
+    if keys.ndim == 4:
+        keys = keys.expand(n_memories, *keys.shape)
+    codes, rows = empty_rows(base)
+    out = write_chunks_sparsely(q, v, gate, keys, base, codes, rows, mask, q.shape[1], options)
+    by_head = (*q.shape[:3], options.top_k)
+    return _LazyOutput(
+        out.read,
+        out.keys if scope == "sequence" else out.keys[0],
+        _Tables(base, out, n_memories, scope),
+        out.slots.view(by_head),
+        out.weights.view(by_head),
         out.value_loss,
         out.address_loss,
     )
 
 
-def resolve_impl(impl: str) -> str:
-    """The implementation that ``impl`` stands for here."""
+class _Tables:
+    """The values after a call: the given table and the rows that differ from it, joined on first use."""
+
+    def __init__(self, base: Tensor, out: SparseOutput, n_memories: int, scope: str) -> None:
+        self._base, self._version = base, base._version
+        self._out, self._n_memories, self._scope = out, n_memories, scope
+        self._grad_enabled = torch.is_grad_enabled()
+        self._joined: Tensor | None = None
+
+    def join(self) -> Tensor:
+        if self._joined is None:
+            if self._base._version != self._version:
+                raise UserError(
+                    "fast_weight_pkm: values were changed in place after the call and before its result's values were "
+                    "read; read out.values first, or pass a copy"
+                )
+            with torch.set_grad_enabled(self._grad_enabled):
+                tables = overlay(self._base, self._out.codes, self._out.rows, self._n_memories)
+                self._joined = tables if self._scope == "sequence" else tables[0]
+        return self._joined
+
+
+class _LazyOutput(FastWeightOutput):
+    """A FastWeightOutput whose ``values``, a copy of the whole table, is made only when read: that costs more than
+    the call itself when the table is large."""
+
+    @property
+    def values(self) -> Tensor:
+        return self[2]
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return tuple(self)[index] if isinstance(index, slice) else _joined(super().__getitem__(index))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (_joined(item) for item in super().__iter__())
+
+
+def _joined(item: Tensor | _Tables) -> Tensor:
+    return item.join() if isinstance(item, _Tables) else item
+
+
+def empty_rows(base: Tensor) -> tuple[Tensor, Tensor]:
+    """codes (0,) and rows (0,V): nothing differs from ``base`` (...,V) yet."""
+    return torch.empty(0, dtype=torch.int64, device=base.device), base.new_empty(0, base.shape[-1])
+
+
+def resolve_impl(impl: str, options: ChunkOptions, n_slots: int, n_heads: int) -> str:
+    """The implementation that ``impl`` stands for with these options and sizes: ``reference`` or ``sparse``.
+
+    ``auto`` takes ``sparse`` where the options have a sparse form and the table holds at least 16 times the slots that
+    a sequence accesses in a chunk, so that passes over the table outweigh the accesses. The 16 is not yet measured.
+    """
+    require_impl(impl)
+    if impl != "auto":
+        return impl
+    is_large = n_slots >= LARGE_TABLE * options.chunk_size * n_heads * options.top_k
+    return "sparse" if is_large and not why_not_sparse(options) else "reference"
+
+
+def require_impl(impl: str) -> None:
+    """Raise :class:`UserError` unless ``impl`` is a known name."""
     if impl not in IMPLEMENTATIONS:
         raise UserError(f"fast_weight_pkm: impl={impl!r} is not available; choose one of {', '.join(IMPLEMENTATIONS)}")
-    return "reference"
 
 
 def _check(

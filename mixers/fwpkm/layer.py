@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mixers.base import Mixer, MixerConfig, MixerOutput, ParameterOptions, Traits
 from mixers.fwpkm.functional import FastWeightOutput, fast_weight_pkm, resolve_impl
+from mixers.fwpkm.reference import ChunkOptions
 from mixers.masking import zero_padding
 from mixers.norms import RMSNorm
 from mixers.product_keys import read, select
@@ -42,7 +43,7 @@ class FastWeightPKMConfig(MixerConfig):
     gate_weighting: bool = Field(True, description="the gate also weights what is written")
     gate_outputs: int = Field(1, gt=0, description="outputs of the gate projection, averaged before the sigmoid")
     z_score: bool = Field(True, description="standardise every value over its width")
-    impl: Literal["auto", "reference"] = "auto"
+    impl: Literal["auto", "reference", "sparse"] = "auto"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -119,7 +120,6 @@ class FastWeightPKM(Mixer):
         super().__init__(config)
         c = config
         self.key_dim, self.value_dim = c.key_dim or c.d_model, c.value_dim or c.d_model
-        resolve_impl(c.impl)
         self.q_norm, self.v_norm = RMSNorm(c.d_model), RMSNorm(c.d_model)
         self.q_proj = nn.Linear(c.d_model, c.n_heads * self.key_dim)
         self.v_proj = nn.Linear(c.d_model, self.value_dim)
@@ -157,7 +157,8 @@ class FastWeightPKM(Mixer):
 
     @property
     def impl(self) -> str:
-        return resolve_impl(self.config.impl)
+        c = self.config
+        return resolve_impl(c.impl, self._options(), c.n_subkeys**2, c.n_heads)
 
     @property
     def state_scope(self) -> str:
@@ -296,6 +297,16 @@ class FastWeightPKM(Mixer):
             gate,
             keys[0] if shared else keys,
             values[0] if shared else values,
+            mask=mask,
+            scope=c.scope,
+            impl=c.impl,
+            **vars(self._options()),
+        )
+        return out._replace(keys=out.keys[None], values=out.values[None]) if shared else out
+
+    def _options(self) -> ChunkOptions:
+        c = self.config
+        return ChunkOptions(
             chunk_size=c.chunk_size,
             top_k=c.top_k,
             lookahead=c.lookahead,
@@ -306,12 +317,8 @@ class FastWeightPKM(Mixer):
             address_weight=c.address_weight,
             value_loss_to_keys=c.value_loss_to_keys,
             clip=c.clip,
-            mask=mask,
-            scope=c.scope,
             update_scale=c.update_scale,
-            impl=c.impl,
         )
-        return out._replace(keys=out.keys[None], values=out.values[None]) if shared else out
 
     def read_memory(self, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Rows (B,T,V) and slots (B,T,H,k) that q (B,T,H,K) reads from the memory as it is."""

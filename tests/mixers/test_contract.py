@@ -68,6 +68,7 @@ OPTIONS = {
         {"n_subkeys": 6, "top_k": 3, "shared_keys": False, "activation": "silu", "train_keys": False},
     ],
     "fwpkm": [
+        {"impl": "sparse", "n_subkeys": 8, "key_dim": 8, "value_dim": 8, "top_k": 4, "chunk_size": 8},
         {"n_subkeys": 8, "key_dim": 8, "value_dim": 8, "top_k": 4, "chunk_size": 8},
         {"n_subkeys": 8, "key_dim": 8, "value_dim": 8, "top_k": 4, "chunk_size": 8, "scope": "shared"},
     ],

@@ -1,0 +1,393 @@
+"""Fast-weight product-key memory that touches only the rows that are read, with the backward written out.
+
+The mathematics is that of :mod:`mixers.fwpkm.reference`; what differs is the cost. A call copies the rows that it
+touches out of the table, works on the copies chunk by chunk, and hands back codes and rows (see
+:mod:`mixers.fwpkm.touched_rows`). Nothing is undone from a live table: the backward has the rows of every chunk as they
+were before it (4 V bytes a row and chunk), its keys, and what its queries selected.
+
+Letters: B sequences, T tokens, M memories (B or 1), R = B/M, C chunk, S = R*C, H heads, k slots per head, J = H*k,
+n sub-keys per half, N = n*n slots, K key width, V value width, U rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mixers.errors import UserError
+from mixers.fwpkm.reference import ChunkOptions
+from mixers.fwpkm.sparse_keys import (
+    Addresses,
+    address,
+    address_backward,
+    half_differences,
+    halves_to_pairs,
+    key_step,
+    key_step_backward,
+    pairs_to_halves,
+)
+from mixers.fwpkm.sparse_rows import Accesses, gather_dot, gather_sum, group_accesses, segment_sum
+from mixers.fwpkm.sparse_values import (
+    value_loss_on_pairs,
+    value_loss_on_pairs_backward,
+    write_rows,
+    write_rows_backward,
+)
+from mixers.fwpkm.touched_rows import TouchedRows, UntouchedRows, base_rows
+
+
+class SparseOutput(NamedTuple):
+    """read (B,T,V); keys (M,H,2,n,K/2) after the call; codes (U,) int64 and rows (U,V): all rows touched by writing
+    chunks, those given first, the others in the order in which they were met; slots and weights (B,T,J); the losses ()
+    without gradient."""
+
+    read: Tensor
+    keys: Tensor
+    codes: Tensor
+    rows: Tensor
+    slots: Tensor
+    weights: Tensor
+    value_loss: Tensor
+    address_loss: Tensor
+
+
+def why_not_sparse(options: ChunkOptions) -> str | None:
+    """Why these options have no sparse form, None if they have one."""
+    if options.weight_decay:
+        return f"weight_decay={options.weight_decay} moves every row of the table at every write"
+    return None
+
+
+def write_chunks_sparsely(
+    q: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    keys: Tensor,
+    base: Tensor,
+    codes: Tensor,
+    rows: Tensor,
+    mask: Tensor | None,
+    n_written: int,
+    options: ChunkOptions,
+) -> SparseOutput:
+    """Read T tokens chunk by chunk, and write the chunks of the first ``n_written``; the others only read.
+
+    q (B,T,H,K), v (B,T,V), gate and mask (B,T) or None; keys (M,H,2,n,K/2); base (1 or M,N,V), codes (U,) ascending
+    and rows (U,V): the memories, see :mod:`mixers.fwpkm.touched_rows`. n_written is a multiple of the chunk size, or T.
+    At most one chunk's tokens may follow it.
+
+    Gradients flow into q, v, gate, keys, base and rows. There is no second derivative.
+    """
+    reason = why_not_sparse(options)
+    if reason:
+        raise UserError(f"fast_weight_pkm: impl='sparse' can't run this: {reason}; use impl='reference' or 'auto'")
+    tensors = (q, v, gate, keys, base, rows)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    out = _SparseChunks.apply(q, v, gate, keys, base, rows, codes, mask, n_written, options, keep)
+    return SparseOutput(*out)
+
+
+class _Chunk(NamedTuple):
+    """What the backward needs of one chunk: its tokens, its keys and addresses, the accesses, where the touched rows
+    stand in the call's table, and the rows before the chunk (U,V)."""
+
+    keys: Tensor
+    places: Tensor
+    before: Tensor
+    accesses: Accesses
+    at: Addresses
+
+
+# Tensors of a _Chunk, one after another: what goes through save_for_backward.
+N_SAVED = 3 + len(Accesses._fields) + len(Addresses._fields)
+
+
+class _SparseChunks(torch.autograd.Function):
+    """The chunk loop. Its arguments and results are those of :func:`write_chunks_sparsely`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        v: Tensor,
+        gate: Tensor | None,
+        keys: Tensor,
+        base: Tensor,
+        rows: Tensor,
+        codes: Tensor,
+        mask: Tensor | None,
+        n_written: int,
+        options: ChunkOptions,
+        keep: bool,
+    ) -> tuple[Tensor, ...]:
+        call = _Call(q, v, gate, mask, keys.shape[0], n_written, options)
+        n_slots = base.shape[1]
+        if n_written:
+            table = TouchedRows(base, call.n_memories, codes, rows, q.shape[0] * q.shape[1] * call.n_read)
+        else:
+            table = UntouchedRows(base, codes, rows)
+        memory_offsets = torch.arange(call.n_memories, device=q.device).view(-1, 1, 1) * n_slots
+
+        read = torch.empty(*q.shape[:2], v.shape[-1], dtype=v.dtype, device=v.device)
+        slots, weights, chunks = [], [], []
+        squared_error, neg_entropy = q.new_zeros(()), q.new_zeros(())
+        written, new_keys = (codes, rows), keys
+        for part, is_written in call.parts:
+            queries = call.queries(part)
+            at, differences = address(queries, keys, options)
+            accesses = group_accesses((at.slots + memory_offsets).flatten(0, 1))
+            places = table.find(accesses.rows)
+            before = table.take(places)
+            on_tokens = gather_sum(before, accesses.index, at.weights.flatten(0, 1))
+            call.per_memory(read)[:, :, part] = call.rows_of(on_tokens, part)
+            slots.append(call.rows_of(at.slots.flatten(0, 1), part))
+            weights.append(call.rows_of(at.weights.flatten(0, 1), part))
+            if keep:
+                chunks.append(_Chunk(keys, places, before, accesses, at))
+            if not is_written:
+                continue
+            error, chunk_error = call.error(on_tokens, part)
+            squared_error = squared_error + chunk_error
+            on_half = None
+            if options.value_loss_to_keys:
+                on_pairs = value_loss_on_pairs(
+                    before, error * call.loss_scale(part), at.weights.flatten(0, 1), accesses, options.temperature
+                )
+                on_half = pairs_to_halves(on_pairs.view(at.weights.shape), at.pairs)
+            scale = call.row_scale(accesses, part, n_slots)
+            table.put(
+                places,
+                write_rows(before, error, at.weights.flatten(0, 1), scale, accesses, options.lr, options.clip),
+            )
+            new_keys, chunk_entropy = key_step(queries, keys, at, differences, on_half, options)
+            neg_entropy = neg_entropy + chunk_entropy
+            if call.keys_move:
+                keys = new_keys
+            written = table.met()
+
+        slots_out, weights_out = call.join(slots, torch.int64), call.join(weights, q.dtype)
+        n_pairs = call.n_pairs()
+        value_loss = 0.5 * squared_error / max(n_pairs, 1)
+        address_loss = neg_entropy / max(call.n_written_chunks, 1)
+        codes_out, rows_out = written
+        # An output that is an input would be taken for a view of it.
+        keys_out = keys.view_as(keys) if call.keys_move and call.n_written_chunks else keys.clone()
+        if not n_written:
+            rows_out, codes_out = rows_out.view_as(rows_out), codes_out.view_as(codes_out)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(codes_out, slots_out, value_loss, address_loss)
+        if keep:
+            ctx.call_options = (keys_out.shape, n_written, options)
+            ctx.sizes = (base.shape, rows.shape, rows_out.shape[0])
+            ctx.save_for_backward(
+                q, v, gate, mask, read, torch.cat(table.codes),
+                *(t for c in chunks for t in (c.keys, c.places, c.before, *c.accesses, *c.at)),
+            )  # fmt: skip
+        return read, keys_out, codes_out, rows_out, slots_out, weights_out, value_loss, address_loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,
+        d_read: Tensor | None,
+        d_keys: Tensor | None,
+        _codes: None,
+        d_rows: Tensor | None,
+        _slots: None,
+        d_weights: Tensor | None,
+        *_losses: None,
+    ) -> tuple[Tensor | None, ...]:
+        q, v, gate, mask, read, all_codes, *saved = ctx.saved_tensors
+        key_shape, n_written, options = ctx.call_options
+        base_shape, rows_shape, n_out = ctx.sizes
+        chunks = [_unpack(saved[i : i + N_SAVED]) for i in range(0, len(saved), N_SAVED)]
+        call = _Call(q, v, gate, mask, key_shape[0], n_written, options)
+
+        d_table = v.new_zeros(all_codes.numel(), v.shape[-1])
+        if d_rows is not None:
+            d_table[:n_out] = d_rows
+        d_q, d_v = torch.zeros_like(q), torch.zeros_like(v)
+        d_gate = None if gate is None else torch.zeros_like(gate)
+        for (part, is_written), chunk in zip(reversed(call.parts), reversed(chunks), strict=True):
+            queries, at, accesses = call.queries(part), chunk.at, chunk.accesses
+            a = at.weights.flatten(0, 1)
+            d_after = d_table.index_select(0, chunk.places)
+            d_a = torch.zeros_like(a) if d_weights is None else call.tokens(d_weights, part).clone()
+            d_on_tokens = v.new_zeros(a.shape[0], v.shape[-1]) if d_read is None else call.tokens(d_read, part)
+            differences = half_differences(queries, chunk.keys, at.half_indices, options.score)
+            step, d_before = None, d_after
+            if is_written:
+                on_tokens = call.tokens(read, part)
+                error, _ = call.error(on_tokens, part)
+                scale = call.row_scale(accesses, part, base_shape[1])
+                d_error, d_a_write = write_rows_backward(d_after, error, a, scale, accesses, options.lr, options.clip)
+                d_a += d_a_write
+                if d_keys is not None and call.keys_move:
+                    on_half = None
+                    if options.value_loss_to_keys:
+                        error_mean = error * call.loss_scale(part)
+                        on_pairs = value_loss_on_pairs(chunk.before, error_mean, a, accesses, options.temperature)
+                        on_half = pairs_to_halves(on_pairs.view(at.weights.shape), at.pairs)
+                    step = key_step_backward(queries, chunk.keys, at, differences, on_half, d_keys, options)
+                    if options.value_loss_to_keys:
+                        d_pairs = halves_to_pairs(step.on_half, at.pairs).flatten(0, 1)
+                        more, d_error_mean, d_a_loss = value_loss_on_pairs_backward(
+                            d_pairs, chunk.before, error_mean, a, accesses, options.temperature
+                        )
+                        d_before = d_before + more
+                        d_error = d_error + d_error_mean * call.loss_scale(part)
+                        d_a += d_a_loss
+                d_difference, d_pair_gate = call.error_backward(d_error, on_tokens, part)
+                d_on_tokens = d_on_tokens + d_difference
+                call.add_targets(d_v, -d_difference, part)
+                if d_gate is not None:
+                    call.per_memory(d_gate)[:, :, part] += call.rows_of(d_pair_gate, part)
+            d_a += gather_dot(chunk.before, accesses.index, d_on_tokens)
+            d_before = d_before + segment_sum(d_on_tokens, a, accesses.order, accesses.starts)
+            d_table.index_copy_(0, chunk.places, d_before)
+            d_queries, d_chunk_keys = address_backward(
+                queries, chunk.keys, at, differences, step, d_a.view(at.weights.shape), options
+            )
+            call.per_memory(d_q)[:, :, part] = call.rows_of(d_queries.flatten(0, 1), part)
+            # The step hands on what came through the new keys; without it, they were the old ones.
+            if d_keys is not None and step is None:
+                d_chunk_keys = d_chunk_keys + d_keys
+            d_keys = d_chunk_keys
+
+        need = ctx.needs_input_grad
+        d_base = None
+        if need[4]:
+            d_base = v.new_zeros(base_shape)
+            new = all_codes[rows_shape[0] :]
+            into = group_accesses(base_rows(new, d_base.flatten(0, 1)).unsqueeze(1))
+            ones = v.new_ones(new.numel(), 1)
+            summed = segment_sum(d_table[rows_shape[0] :], ones, into.order, into.starts)
+            d_base.flatten(0, 1)[into.rows] = summed
+        return (
+            d_q, d_v, d_gate, d_keys if need[3] else None, d_base, d_table[: rows_shape[0]] if need[5] else None,
+            None, None, None, None, None,
+        )  # fmt: skip
+
+
+def _unpack(saved: list[Tensor]) -> _Chunk:
+    n = 3 + len(Accesses._fields)
+    return _Chunk(*saved[:3], Accesses(*saved[3:n]), Addresses(*saved[n:]))
+
+
+class _Call:
+    """Shapes of one call: where its chunks lie, and its pairs (t, t+L) as errors of all the chunk's tokens.
+
+    ``part`` is a slice of tokens. (M*S,...) has the tokens of a part by memory, sequence and time.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        v: Tensor,
+        gate: Tensor | None,
+        mask: Tensor | None,
+        n_memories: int,
+        n_written: int,
+        options: ChunkOptions,
+    ) -> None:
+        self.q, self.v, self.gate, self.mask = q, v, gate, mask
+        self.n_memories, self.options = n_memories, options
+        self.n_rows = q.shape[0] // n_memories
+        self.n_read = q.shape[2] * options.top_k
+        n_tokens, step = q.shape[1], options.chunk_size
+        self.parts = [(slice(i, min(i + step, n_written)), True) for i in range(0, n_written, step)]
+        self.n_written_chunks = len(self.parts)
+        if n_written < n_tokens:
+            assert n_tokens - n_written <= step, (n_tokens, n_written, step)
+            self.parts.append((slice(n_written, n_tokens), False))
+        # Without a reason to move, the keys stay the very same tensor.
+        self.keys_move = bool(options.address_weight) or options.value_loss_to_keys
+
+    def per_memory(self, x: Tensor) -> Tensor:
+        """(B,T,...) -> (M,R,T,...), a view."""
+        return x.view(self.n_memories, self.n_rows, *x.shape[1:])
+
+    def tokens(self, x: Tensor, part: slice) -> Tensor:
+        """(B,T,...) -> (M*S,...)."""
+        return x[:, part].flatten(0, 1)
+
+    def rows_of(self, x: Tensor, part: slice) -> Tensor:
+        """(M*S,...) -> (M,R,C,...)."""
+        return x.view(self.n_memories, self.n_rows, part.stop - part.start, *x.shape[1:])
+
+    def queries(self, part: slice) -> Tensor:
+        """(M,S,H,K)."""
+        return self.q[:, part].reshape(self.n_memories, -1, *self.q.shape[2:])
+
+    def join(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """(M,R,C,J) of all chunks -> (B,T,J)."""
+        if not parts:
+            return torch.zeros(*self.q.shape[:2], self.n_read, dtype=dtype, device=self.q.device)
+        return torch.cat(parts, dim=2).flatten(0, 1)
+
+    def n_pairs(self) -> int:
+        """Pairs of all written chunks and sequences."""
+        lengths = [part.stop - part.start for part, is_written in self.parts if is_written]
+        return self.q.shape[0] * sum(max(length - self.options.lookahead, 0) for length in lengths)
+
+    def _n_writing(self, part: slice) -> int:
+        return max(part.stop - part.start - self.options.lookahead, 0)
+
+    def loss_scale(self, part: slice) -> float:
+        """1 / (pairs of a memory * V): from summed to mean errors."""
+        return 1.0 / max(self.n_rows * self._n_writing(part) * self.v.shape[-1], 1)
+
+    def _difference(self, on_tokens: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        """read_t - v_{t+L} of the tokens that write (B,C-L,V), and their weight g m (B,C-L)."""
+        n_writing, lookahead = self._n_writing(part), self.options.lookahead
+        read = on_tokens.view(self.q.shape[0], -1, on_tokens.shape[-1])[:, :n_writing]
+        difference = read - self.v[:, part.stop - n_writing : part.stop]
+        assert n_writing == 0 or part.start + lookahead == part.stop - n_writing
+        weight = read.new_ones(read.shape[:2])
+        writing = slice(part.start, part.start + n_writing)
+        if self.gate is not None:
+            weight = weight * self.gate[:, writing]
+        if self.mask is not None:
+            weight = weight * self.mask[:, writing]
+        return difference, weight
+
+    def error(self, on_tokens: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        """e (M*S,V), zero at tokens that write nothing, and sum of g m mean_V (read - v)^2."""
+        difference, weight = self._difference(on_tokens, part)
+        error = torch.zeros_like(on_tokens).view(self.q.shape[0], -1, on_tokens.shape[-1])
+        torch.mul(difference, weight.unsqueeze(-1), out=error[:, : difference.shape[1]])
+        return error.flatten(0, 1), (weight * difference.square().mean(-1)).sum()
+
+    def error_backward(self, d_error: Tensor, on_tokens: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        """Derivatives of read_t - v_{t+L} (M*S,V) and of the gate (M*S,), zero at tokens that write nothing."""
+        difference, weight = self._difference(on_tokens, part)
+        n_writing = difference.shape[1]
+        d_error = d_error.view(self.q.shape[0], -1, d_error.shape[-1])
+        d_difference, d_gate = torch.zeros_like(d_error), d_error.new_zeros(d_error.shape[:2])
+        d_difference[:, :n_writing] = d_error[:, :n_writing] * weight.unsqueeze(-1)
+        d_gate[:, :n_writing] = (d_error[:, :n_writing] * difference).sum(-1)
+        if self.mask is not None:
+            d_gate *= self.mask[:, part]
+        return d_difference.flatten(0, 1), d_gate.flatten()
+
+    def add_targets(self, d_v: Tensor, d_target: Tensor, part: slice) -> None:
+        """Add derivatives of v_{t+L} (M*S,V), given at t."""
+        n_writing = self._n_writing(part)
+        d_target = d_target.view(self.q.shape[0], -1, d_target.shape[-1])
+        d_v[:, part.stop - n_writing : part.stop] += d_target[:, :n_writing]
+
+    def row_scale(self, accesses: Accesses, part: slice, n_slots: int) -> Tensor:
+        """scale / cnt_u of the touched rows (U,)."""
+        scale = 1 / accesses.counts.to(self.v.dtype)
+        n_writing = self._n_writing(part)
+        if self.options.update_scale == "paper" or not n_writing:
+            return scale
+        n_pairs = self.n_rows * n_writing
+        if self.mask is None:
+            return scale * (self.n_read * self.n_rows * (part.stop - part.start) / n_pairs)
+        writing = self.mask[:, part.start : part.start + n_writing].to(scale.dtype)
+        n_effective = writing.reshape(self.n_memories, -1).sum(1)
+        return scale * (self.n_read / n_pairs * n_effective)[accesses.rows // n_slots]
