@@ -70,10 +70,11 @@ def evaluate(run: str, overrides: tuple[str, ...], as_json: bool, plugins: tuple
     Overrides may change the data and the state protocol, for example task.seq_len=256 or state.reads=2; the model
     stays as it was trained. The run needs train.keep_checkpoint=true.
     """
-    from experiments.config import ExperimentConfig, merged, parse_overrides
+    from experiments.config import ExperimentConfig, merged
     from experiments.errors import UserError
     from experiments.records import read_run
     from experiments.reevaluate import evaluate_checkpoint
+    from mixers.config import parse_overrides
 
     load_plugins(plugins)
     record = read_run(Path(run))
@@ -118,8 +119,9 @@ def sync(sweep: str | None, runs_dir: str | None) -> None:
 
 def _experiment(experiment: str, overrides: tuple[str, ...]) -> tuple[ExperimentConfig, str]:
     """The validated config, and the name that its record is filed under."""
-    from experiments.config import ExperimentConfig, merged, parse_overrides, read_toml
+    from experiments.config import ExperimentConfig, merged, read_toml
     from experiments.recipe import recipe_path
+    from mixers.config import parse_overrides
 
     path = recipe_path(experiment)
     values = merged(read_toml(path), parse_overrides(overrides))

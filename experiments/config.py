@@ -178,17 +178,3 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: can't be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
-
-
-def parse_overrides(words: tuple[str, ...]) -> dict[str, Any]:
-    """``("train.lr=3e-4", "model.mlp=swiglu")`` to values: TOML where it parses, plain text otherwise."""
-    values: dict[str, Any] = {}
-    for word in words:
-        key, equals, text = word.partition("=")
-        if not equals or not key:
-            raise UserError(f"{word!r}: overrides are written key=value, for example train.lr=3e-4")
-        try:
-            values[key] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            values[key] = text
-    return values

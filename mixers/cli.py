@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -217,6 +216,7 @@ def check_command(
     import torch
 
     from mixers import contract, registry
+    from mixers.config import parse_overrides
 
     load_plugins(plugins)
     if bool(names) == check_all:
@@ -230,7 +230,7 @@ def check_command(
         if not check_all:
             raise UserError(f"check: {why}; leave it out, or give --device")
         click.echo(f"mixlab: check: {why}: left out", err=True)
-    given = {"d_model": CHECK_WIDTH, **_options(options)}
+    given = {"d_model": CHECK_WIDTH, **parse_overrides(options)}
     working = {name: _resolved(name, given, place, getattr(torch, dtype)) for name in fitting}
     rows = []
     for name, cls in fitting.items():
@@ -262,20 +262,6 @@ def _resolved(name: str, options: dict[str, Any], device: torch.device, dtype: t
         raise
     except Exception:  # noqa: BLE001  a stranger's mixer may raise anything: the suite reports it as a finding
         return "unknown"
-
-
-def _options(given: tuple[str, ...]) -> dict[str, Any]:
-    """``key=value`` as a TOML value, or as text where it is none."""
-    found: dict[str, Any] = {}
-    for item in given:
-        key, equals, value = item.partition("=")
-        if not equals or not key:
-            raise UserError(f"check: --option {item!r} isn't KEY=VALUE")
-        try:
-            found[key] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            found[key] = value
-    return found
 
 
 def _print_checks(row: dict[str, Any], with_passed: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 import types
 import typing
 from typing import Any, Self
@@ -40,6 +41,20 @@ class MixerConfig(StrictModel):
     """Base of every mixer's options. ``d_model`` is filled in by whoever builds the model."""
 
     d_model: int = pydantic.Field(default=64, gt=0, description="width D of the residual stream")
+
+
+def parse_overrides(words: tuple[str, ...]) -> dict[str, Any]:
+    """``("train.lr=3e-4", "model.mlp=swiglu")`` to values: TOML where it parses, plain text otherwise."""
+    values: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"{word!r}: overrides are written key=value, for example train.lr=3e-4")
+        try:
+            values[key] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            values[key] = text
+    return values
 
 
 def _tuples(value: Any) -> Any:

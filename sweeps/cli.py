@@ -99,7 +99,7 @@ def status_command(sweep_file: str, as_json: bool, runs_dir: str | None) -> None
 
 
 def _load(sweep_file: str, overrides: tuple[str, ...], plugins: tuple[str, ...]) -> SweepConfig:
-    from experiments.config import parse_overrides
+    from mixers.config import parse_overrides
     from sweeps.definition import load_sweep
 
     load_plugins(plugins)

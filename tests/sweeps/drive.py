@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from experiments.config import parse_overrides
 from experiments.errors import UserError
+from mixers.config import parse_overrides
 from sweeps.definition import load_sweep
 from sweeps.driver import run_sweep
 from sweeps.live import view_for

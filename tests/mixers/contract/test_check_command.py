@@ -88,7 +88,7 @@ def test_mistakes_exit_with_two_and_one_line(tmp_path: Path) -> None:
             ("gpu_only", "--plugin", str(plugin)),
             "check: mixer 'gpu_only' runs on cuda only, and the suite on cpu; leave it out, or give --device",
         ),
-        (("softmax", "-o", "window"), "check: --option 'window' isn't KEY=VALUE"),
+        (("softmax", "-o", "window"), "'window': overrides are written key=value, for example train.lr=3e-4"),
         (
             ("softmax", "-o", "windo=4"),
             "mixer 'softmax': windo: unknown key; did you mean 'window'?",
