@@ -39,13 +39,19 @@ def take_the_first_configuration() -> None:
     tune = Autotuner.run
 
     def run(self: Autotuner, *args: Any, **options: Any) -> Any:
-        while len(self.configs) > 1:
-            rest, self.configs = self.configs[1:], self.configs[:1]
-            try:
-                return tune(self, *args, **options)
-            except OutOfResources:
-                self.configs = rest
-        return tune(self, *args, **options)
+        every = self.configs
+        try:
+            # A larger call may not fit what a smaller one did: each starts from the first.
+            for config in every[:-1]:
+                self.configs = [config]
+                try:
+                    return tune(self, *args, **options)
+                except OutOfResources:
+                    continue
+            self.configs = every[-1:]
+            return tune(self, *args, **options)
+        finally:
+            self.configs = every
 
     Autotuner.run = run
 

@@ -54,7 +54,11 @@ def _flash(growth: str = "window_size", **more: object) -> Facts:
 
 FACTS: Mapping[str, Facts] = MappingProxyType(
     {
-        "abc": Facts(),
+        "abc": Facts(
+            "none",
+            "never",
+            note="keeps no state between calls: fla returns the slots without the sum that normalises them",
+        ),
         "attn": _flash(),
         "based": Facts("none", "never", mask="none", note="keeps no state between calls"),
         "bitattn": _flash(),

@@ -53,7 +53,6 @@ OPTIONS = {
 # Why the outputs of single tokens behind a prefill may be others than those of one call.
 NOT_STREAMING = {
     "moba": "reads blocks in one call, and everything when it decodes, as its paper says",
-    "wall_attn": "its own cache gives another result than one call: seen with fla alone, in Triton's interpreter",
 }
 
 
@@ -306,6 +305,10 @@ def relative(found, expected):
     return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
+def n_numbers(state):
+    return sum(part.numel() for part in state_tensors(state))
+
+
 def on_cuda(name):
     """The layer in bfloat16 on CUDA; skipped, with its reason, where it can't be built."""
     torch.manual_seed(0)
@@ -370,7 +373,8 @@ def test_prefill_and_single_tokens_equal_one_call(name):
     together = mixer(x[:, T - 4 :], first.state).y
     assert all(torch.equal(a, b) for a, b in zip(before, state_tensors(first.state), strict=True)), "state was changed"
     assert int(state.seen) == T
-    assert state_bytes(state) >= state_bytes(first.state) > 8
+    # Numbers, not bytes: behind single tokens some kernels hand back the state in the input's narrower type.
+    assert n_numbers(state) >= n_numbers(first.state) > 1
     assert all(part.isfinite().all() for part in state_tensors(state))
     tail = torch.cat(ys[1:], 1)
     pairs = ((ys[0], one[:, : T - 4]), (tail, one[:, T - 4 :]), (together, one[:, T - 4 :]))
