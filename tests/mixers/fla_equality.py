@@ -7,7 +7,6 @@ from mixers import registry
 from mixers.base import state_tensors
 from mixers.errors import UserError
 
-
 # fla sums the gradient of a head's decay from q dq - k dk, products of rounded factors (tf32) that nearly cancel.
 DECAY_PARAMETERS = {
     "gated_deltanet": ("A_log", "dt_bias", "decay.weight"),
