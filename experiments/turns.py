@@ -7,7 +7,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 FOLDER = ".turns"
 
@@ -46,6 +46,12 @@ class Turns:
         """Held while something is timed."""
         with _locked(self._gate, fcntl.LOCK_EX), _locked(self._work, fcntl.LOCK_EX):
             yield
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def close(self) -> None:
         for file in (self._gate, self._work):
