@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mixers.errors import UserError
+from mixers.fwpkm.choose import sparse_is_faster
 from mixers.fwpkm.reference import ChunkOptions, write_chunks
 from mixers.fwpkm.sparse import SparseOutput, why_not_sparse, write_chunks_sparsely
 from mixers.fwpkm.touched_rows import overlay
@@ -17,7 +18,6 @@ from mixers.product_keys import Score
 Scope = Literal["sequence", "shared"]
 UpdateScale = Literal["paper", "released"]
 IMPLEMENTATIONS = ("auto", "reference", "sparse")
-LARGE_TABLE = 16
 
 
 class FastWeightOutput(NamedTuple):
@@ -213,14 +213,13 @@ def empty_rows(base: Tensor) -> tuple[Tensor, Tensor]:
 def resolve_impl(impl: str, options: ChunkOptions, n_slots: int, n_heads: int) -> str:
     """The implementation that ``impl`` stands for with these options and sizes: ``reference`` or ``sparse``.
 
-    ``auto`` takes ``sparse`` where the options have a sparse form and the table holds at least 16 times the slots that
-    a sequence accesses in a chunk, so that passes over the table outweigh the accesses. The 16 is not yet measured.
+    ``auto`` takes ``sparse`` where the options have a sparse form and the table is large enough for it to be faster:
+    see :func:`mixers.fwpkm.choose.sparse_is_faster`.
     """
     require_impl(impl)
     if impl != "auto":
         return impl
-    is_large = n_slots >= LARGE_TABLE * options.chunk_size * n_heads * options.top_k
-    return "sparse" if is_large and not why_not_sparse(options) else "reference"
+    return "sparse" if sparse_is_faster(n_slots) and not why_not_sparse(options) else "reference"
 
 
 def require_impl(impl: str) -> None:
