@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixers.kernels.chunk import Chunk, token_of
+from mixers.kernels.launch import launch
 
 
 @triton.jit(do_not_specialize=["n_table", "n_rows", "n_chunk", "n_tokens", "start", "lookahead"])
@@ -90,7 +91,9 @@ def read_rows(table: Tensor, slots: Tensor, weights: Tensor, out: Tensor, chunk:
 def _launch(table, slots, weights, v, pair_weight, out, error, squared_error, chunk, lookahead, *, write) -> None:
     value_dim, n_read = table.shape[-1], slots.shape[-1]
     block_v = triton.next_power_of_2(value_dim)
-    read_kernel[(chunk.n_queries, chunk.n_memories)](
+    launch(
+        read_kernel,
+        (chunk.n_queries, chunk.n_memories),
         table,
         slots,
         weights,
@@ -100,10 +103,7 @@ def _launch(table, slots, weights, v, pair_weight, out, error, squared_error, ch
         error,
         squared_error,
         table.shape[1],
-        chunk.n_rows,
-        chunk.n_chunk,
-        chunk.n_tokens,
-        chunk.start,
+        *chunk.sizes,
         lookahead,
         N_READ=n_read,
         VALUE=value_dim,

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixers.kernels.chunk import Chunk, token_of
+from mixers.kernels.launch import launch
 from mixers.kernels.read import rows_at_once
 
 
@@ -188,7 +189,9 @@ def _launch(
 ) -> None:  # fmt: skip
     value_dim, n_read = later.shape[-1], slots.shape[-1]
     block_v = triton.next_power_of_2(value_dim)
-    read_backward_kernel[(chunk.n_queries, chunk.n_memories)](
+    launch(
+        read_backward_kernel,
+        (chunk.n_queries, chunk.n_memories),
         later,
         before,
         slots,
@@ -207,10 +210,7 @@ def _launch(
         d_pair_weight,
         d_half,
         later.shape[1],
-        chunk.n_rows,
-        chunk.n_chunk,
-        chunk.n_tokens,
-        chunk.start,
+        *chunk.sizes,
         lookahead,
         HEADS=n_heads,
         TOP_K=n_read // n_heads,
