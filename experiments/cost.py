@@ -12,6 +12,7 @@ import torch
 
 from experiments.backbone import Backbone, BackboneState
 from experiments.device import Compute
+from experiments.turns import Turns
 from mixers.base import Mixer, state_bytes
 
 N_FLOP_CONTEXTS = 33
@@ -19,8 +20,8 @@ N_DECODE_TOKENS = 16
 N_PREFILL_REPEATS = 3
 
 
-def measure_cost(model: Backbone, n_tokens: int, compute: Compute) -> dict[str, float]:
-    """Costs by name, for one sequence of ``n_tokens`` tokens.
+def measure_cost(model: Backbone, n_tokens: int, compute: Compute, turns: Turns | None = None) -> dict[str, float]:
+    """Costs by name, for one sequence of ``n_tokens`` tokens. While it times, other trainings of ``turns`` wait.
 
     state_bytes: of the model's real state, the larger of those after T-1 and after T tokens: a memory that writes in
         chunks holds a full queue just before a chunk ends. A memory that stores only what was written counts whole.
@@ -41,7 +42,8 @@ def measure_cost(model: Backbone, n_tokens: int, compute: Compute) -> dict[str, 
         flops = [model.flops_per_token(context) for context in contexts]
         if None not in flops:
             cost["flops_per_token"] = statistics.fmean(flops)
-        return cost | _speed(model, n_tokens, compute)
+        with (turns or Turns()).alone():
+            return cost | _speed(model, n_tokens, compute)
     finally:
         model.train(was_training)
 

@@ -34,6 +34,7 @@ from experiments.records import (
     read_json,
     read_outcome,
     run_folder,
+    write_attempt,
     write_identity,
     write_outcome,
 )
@@ -157,6 +158,7 @@ def run_job(
 
     with output_to(folder / "log.txt"):
         pipe.send("started")
+        write_attempt(folder)
         try:
             config = ExperimentConfig.parse(job["config"], f"job {identity.key}")
             assert config.key() == identity.key, "a config must come back from JSON as it was"
