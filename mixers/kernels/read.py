@@ -50,8 +50,10 @@ def read_kernel(
     tl.store(out + token * VALUE + v_index, read, inside)
     if WRITE:
         writes = query % n_chunk + lookahead < n_chunk
-        target = tl.load(v + (token + lookahead) * VALUE + v_index, inside & writes, 0.0)
-        difference = tl.where(inside & writes, read - target, 0.0)
+        # Not ``inside & writes``: of a block and a scalar some of triton's interpreters make no mask.
+        pair = v_index < tl.where(writes, VALUE, 0)
+        target = tl.load(v + (token + lookahead) * VALUE + v_index, pair, 0.0)
+        difference = tl.where(pair, read - target, 0.0)
         weight = tl.load(pair_weight + token)
         scratch = (memory.to(tl.int64) * n_rows * n_chunk + query) * VALUE
         tl.store(error + scratch + v_index, weight * difference, inside)

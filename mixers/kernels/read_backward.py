@@ -58,16 +58,18 @@ def read_backward_kernel(
     error = tl.zeros((BLOCK_V,), dtype=dtype)
     if WRITE:
         writes = query % n_chunk + lookahead < n_chunk
+        # Not ``block & writes``: of a block and a scalar some of triton's interpreters make no mask.
+        n_written = tl.where(writes, HEADS * TOP_K, 0)
         d_error = tl.zeros((BLOCK_V,), dtype=dtype)
         for first in range(0, HEADS * TOP_K, BLOCK_J):
             j = first + tl.arange(0, BLOCK_J)
-            listed = writes & (j < HEADS * TOP_K)
+            listed = j < n_written
             access = first_access + j
             weight = tl.load(weights + access, listed, 0.0) * tl.load(factors + access, listed, 0.0)
             row = first_row + tl.load(slots + access, listed, 0)
             rows = tl.load(later + row[:, None] * VALUE + v_index[None, :], listed[:, None] & inside[None, :], 0.0)
             d_error += tl.sum(weight[:, None] * rows, axis=0)
-        written = inside & writes
+        written = v_index < tl.where(writes, VALUE, 0)
         target = tl.load(v + (token + lookahead) * VALUE + v_index, written, 0.0)
         difference = tl.load(read + token * VALUE + v_index, written, 0.0) - target
         weight = tl.load(pair_weight + token)
@@ -93,8 +95,8 @@ def read_backward_kernel(
         rows = tl.load(before + group[:, None] * VALUE + v_index[None, :], listed[:, None] & inside[None, :], 0.0)
         on_weight = tl.sum(rows * d_row[None, :], axis=1)
         if WRITE:
-            factor = tl.load(factors + access, listed & writes, 0.0)
-            moved = listed & writes
+            moved = j < n_written
+            factor = tl.load(factors + access, moved, 0.0)
             rows = tl.load(later + row[:, None] * VALUE + v_index[None, :], moved[:, None] & inside[None, :], 0.0)
             on_weight += factor * tl.sum(rows * error[None, :], axis=1)
         on_weights += tl.sum(tl.where(all_j[:, None] == j[None, :], on_weight[None, :], 0.0), axis=1)
