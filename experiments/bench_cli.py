@@ -39,7 +39,7 @@ def bench() -> None:
 @click.option("--quick", is_flag=True, help="Small sizes, no memory: does it run here, and roughly how fast?")
 @click.option(
     "--json", "json_to", is_flag=False, flag_value=STDOUT, metavar="[FILE]",
-    help="JSON on standard output, or into FILE after every row.",
+    help="JSON on standard output, or into FILE after every group.",
 )  # fmt: skip
 def fwpkm(json_to: str | None, quick: bool, **options: Any) -> None:
     """Fast-weight product-key memory: dense, reference, sparse and triton implementations.

@@ -25,26 +25,27 @@ def unavoidable_work(
     offsets = torch.arange(n_memories, device=q.device).view(-1, 1, 1, 1) * values.shape[0]
     accesses = slots.reshape(n_memories, n_sequences // n_memories, n_tokens, -1)
     top_k = slots.shape[-1]
-    weights = torch.full((1, 1, 1), 1 / accesses.shape[-1], dtype=values.dtype, device=values.device)
     chunks = []
     for start in range(0, n_tokens, chunk_size):
         part = slice(start, start + chunk_size)
         n_distinct = torch.unique(accesses[:, :, part] + offsets).numel()
         halves = by_memory[:, :, part].reshape(n_memories, -1, q.shape[2], 2, q.shape[3] // 2)
-        chunks.append((halves, accesses[:, :, part].reshape(1, -1, accesses.shape[-1]), n_distinct))
-    n_most = max(n_distinct for _, _, n_distinct in chunks)
+        rows = accesses[:, :, part].reshape(1, -1, accesses.shape[-1])
+        weights = values.new_full(rows.shape, 1 / accesses.shape[-1])
+        chunks.append((halves, rows, weights, n_distinct))
+    n_most = max(n_distinct for *_, n_distinct in chunks)
     pool, fresh = values.new_zeros(n_most, values.shape[1]), values.new_ones(n_most, values.shape[1])
     order = torch.randperm(n_most, generator=torch.Generator().manual_seed(0)).to(values.device)
-    places = [order[:n_distinct] for _, _, n_distinct in chunks]
+    places = [order[:n_distinct] for *_, n_distinct in chunks]
     n_gathers, n_writes = (3, 2) if backward else (1, 1)
     base = values.unsqueeze(0)
 
     @torch.no_grad()
     def work() -> None:
-        for (halves, rows, _), at in zip(chunks, places, strict=True):
+        for (halves, rows, weights, _), at in zip(chunks, places, strict=True):
             best_halves(halves, tables, top_k, "idw")
             for _ in range(n_gathers):
-                read(base, rows, weights.expand(rows.shape))
+                read(base, rows, weights)
             for _ in range(n_writes):
                 pool.index_copy_(0, at, fresh[: at.numel()])
 

@@ -21,8 +21,9 @@ from experiments.bench.measure import (
     cpu_peak,
     cuda_peak,
     is_out_of_memory,
-    rounds,
+    seconds,
     spread,
+    turns,
     warm_up,
 )
 from experiments.bench.operations import Operation, Workbench
@@ -254,15 +255,26 @@ def _measure_group(
         except (RuntimeError, MemoryError, UserError) as error:
             # Any failure of one implementation is a result of the run, not its end.
             arms.pop(case, None)
-            is_full = isinstance(error, OutOfMemory) or is_out_of_memory(error)
-            outcomes[case] = (NO_MEMORY if is_full else FAILED, " ".join(str(error).split())[:300])
-            if s.device == "cuda":
-                torch.cuda.empty_cache()
-    for case in rounds(arms, times, s.repeats, s.device):
-        say(f"{case.impl} {case.scope}: {times[case][-1]:.3g} s")
+            outcomes[case] = _outcome(error)
+    for case in turns(list(arms), times, s.repeats):
+        if case in outcomes:
+            continue
+        try:
+            times[case].append(seconds(arms[case], s.device))
+            say(f"{case.impl} {case.scope}: {times[case][-1]:.3g} s")
+        except (RuntimeError, MemoryError) as error:
+            outcomes[case] = _outcome(error)
     arms.clear()
     del workbench
     gc.collect()
+
+
+def _outcome(error: Exception) -> tuple[str, str]:
+    """Status and note of a case that raised ``error``."""
+    is_full = isinstance(error, OutOfMemory) or is_out_of_memory(error)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return NO_MEMORY if is_full else FAILED, " ".join(str(error).split())[:300]
 
 
 def _prepare(case: Case, s: Settings, workbench: Workbench) -> Operation:

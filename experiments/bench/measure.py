@@ -49,18 +49,15 @@ def warm_up(operation: Operation, device: str) -> list[float]:
     return []
 
 
-def rounds(arms: dict[Case, Operation], times: dict[Case, list[float]], n_repeats: int, device: str) -> Iterator[Case]:
-    """Call every arm once a round, ``n_repeats`` rounds; fill ``times`` and name each arm measured. May be left early.
+def turns(cases: list[Case], times: dict[Case, list[float]], n_repeats: int) -> Iterator[Case]:
+    """The case to call next, ``n_repeats`` rounds of all; those that have taken long enough are passed over.
 
     The order turns by one each round, as a call leaves caches behind for the next.
     """
-    cases = list(arms)
     for index in range(n_repeats):
         turn = index % max(len(cases), 1)
         for case in cases[turn:] + cases[:turn]:
-            taken = times[case]
-            if len(taken) < n_repeats and sum(taken) < ENOUGH_S:
-                taken.append(seconds(arms[case], device))
+            if len(times[case]) < n_repeats and sum(times[case]) < ENOUGH_S:
                 yield case
 
 

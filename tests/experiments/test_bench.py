@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from experiments.bench import equality, fwpkm, measure
+from experiments.bench import equality, fwpkm, measure, model
 from experiments.bench.case import Case
 from experiments.bench.dense import write_densely
 from experiments.bench.goals import goals
@@ -98,6 +98,17 @@ def test_every_scene_runs_end_to_end() -> None:
     assert found["machine"]["versions"]["torch"]
     # At other sizes than the goals' nothing is claimed.
     assert all(goal["met"] is None for goal in found["goals"])
+
+
+def test_the_model_with_and_without_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(model.SIZES, "small", model.ModelSize(16, 16, 32, 1, 8, 6, 8, 2, 24))
+    rows = run("--scene", "model")["rows"]
+    assert {(row["impl"], row["scope"]) for row in rows if row["status"] == "measured"} == {
+        ("without", "-"),
+        ("sparse", "shared"),
+        ("sparse", "sequence"),
+    }
+    assert all(row["times_without"] > 0 for row in rows)
 
 
 def test_the_bound_is_that_of_the_paper_setting() -> None:
@@ -202,3 +213,19 @@ def test_goals_are_judged_at_their_sizes_only() -> None:
         assert [goal["met"] for goal in found[:2]] == met
     assert goals([], "cpu")[0]["met"] is None
     assert goals([], "cuda")[0]["met"] is None
+
+
+def test_a_case_that_fails_while_it_is_timed_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    n_calls = []
+
+    def prepare(self: Workbench, case: Case):
+        def operation() -> None:
+            n_calls.append(case.impl)
+            if case.impl == "reference" and n_calls.count("reference") > 2:
+                raise MemoryError("no memory left")
+
+        return operation
+
+    monkeypatch.setattr(Workbench, "prepare", prepare)
+    rows = run("--scene", "prefill", "--impl", "reference", "--impl", "floor", "--no-memory")["rows"]
+    assert {row["impl"]: row["status"] for row in rows} == {"reference": "out of memory", "floor": "measured"}
