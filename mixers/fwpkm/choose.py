@@ -20,7 +20,7 @@ def sparse_is_faster(n_slots: int) -> bool:
         16  256  64   128  64  8    3.10 /  2.68     1.24 / 1.36
         16  128  128  64   16  8    8.65 / 10.76     not measured
 
-    So the size of the table decides; from n = 32 on ``sparse`` is at most 2 % slower in these cases. Between n = 10 and 32,
-    with several heads, and on GPUs nothing was measured.
+    So the size of the table decides; from n = 32 on ``sparse`` is at most 2 % slower in these cases. Between n = 10
+    and 32, with several heads, and on GPUs nothing was measured.
     """
     return n_slots >= SMALLEST_SPARSE_TABLE

@@ -118,7 +118,7 @@ def fast_weight_pkm(
     # A memory is used by R sequences: all of them (shared), or one each (sequence).
     n_memories = n_sequences if scope == "sequence" else 1
     resolved = choose_impl(
-        impl, options, values.shape[-2:], n_heads, scope=scope, device=q.device, dtype=q.dtype, place="fast_weight_pkm"
+        impl, options, values.shape[-2:], scope=scope, device=q.device, dtype=q.dtype, place="fast_weight_pkm"
     )
     if resolved == "sparse":
         return _sparse(q, v, gate, keys, values, mask, n_memories, scope, options)
@@ -227,7 +227,6 @@ def choose_impl(
     impl: str,
     options: ChunkOptions,
     table_shape: tuple[int, int],
-    n_heads: int,
     *,
     scope: str,
     device: torch.device,

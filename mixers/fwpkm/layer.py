@@ -175,7 +175,6 @@ class FastWeightPKM(Mixer):
             c.impl,
             self._options(),
             self.values.shape,
-            c.n_heads,
             scope=c.scope,
             device=self.values.device,
             dtype=torch.promote_types(self.values.dtype, torch.float32),

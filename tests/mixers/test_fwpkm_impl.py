@@ -28,9 +28,7 @@ def chosen(n: int, value_dim: int, scope: str = "shared", **changes) -> str:
     }  # fmt: skip
     options = ChunkOptions(**(usual | changes))
     device = torch.device("cuda")
-    return choose_impl(
-        "auto", options, (n * n, value_dim), 1, scope=scope, device=device, dtype=torch.float32, place="m"
-    )
+    return choose_impl("auto", options, (n * n, value_dim), scope=scope, device=device, dtype=torch.float32, place="m")
 
 
 def test_auto_on_cuda_copies_no_large_table_for_every_sequence() -> None:
