@@ -20,9 +20,9 @@ from mixers.product_keys import Score
 Scope = Literal["sequence", "shared"]
 UpdateScale = Literal["paper", "released"]
 IMPLEMENTATIONS = ("auto", "reference", "sparse", "triton")
-# In scope ``sequence`` the Triton kernels work on a copy of the whole table for every sequence, 8 of 512 MiB still faster
-# than copied rows (6.3 against 22 ms forward on an H200): up to the paper's table ``auto`` takes them. The readable path
-# makes passes over these copies as well, so it gives way to ``sparse`` much earlier.
+# In scope ``sequence`` the Triton kernels work on a copy of the whole table for every sequence, with 8 of 512 MiB still
+# faster than copied rows (6.3 against 22 ms forward on an H200): up to the paper's table ``auto`` takes them. The
+# readable path makes passes over these copies as well, so it gives way to ``sparse`` much earlier.
 LARGEST_TRITON_TABLE_BYTES = 512 * 2**20
 LARGEST_REFERENCE_TABLE_BYTES = 32 * 2**20
 
@@ -275,8 +275,7 @@ def _why_not_triton(
     # Not at the top: triton is optional, and slow to import.
     from mixers.fwpkm.triton_chunks import unsupported
 
-    shape_of = torch.empty(0, value_dim, dtype=dtype, device=device)
-    why = unsupported(shape_of, shape_of, n_subkeys, options)
+    why = unsupported(device, dtype, n_subkeys, value_dim, options)
     return why and f"no kernel for {why}"
 
 

@@ -45,11 +45,11 @@ from mixers.kernels.use import mean_use, use_parts
 MAX_SUBKEYS, MAX_TOP_K, MAX_VALUE_DIM = 1024, 32, 4096
 
 
-def unsupported(q: Tensor, values: Tensor, n_subkeys: int, options: ChunkOptions) -> str:
+def unsupported(device: torch.device, dtype: torch.dtype, n_subkeys: int, value_dim: int, options: ChunkOptions) -> str:
     """Why these options and sizes have no kernels here; empty when they have."""
     interpreted = triton.knobs.runtime.interpret
-    if q.device.type != "cuda" and not interpreted:
-        return f"tensors on {q.device.type}: the kernels run on cuda"
+    if device.type != "cuda" and not interpreted:
+        return f"tensors on {device.type}: the kernels run on cuda"
     for name in ("value_loss_to_keys", "clip", "weight_decay"):
         if getattr(options, name):
             return f"{name}={getattr(options, name)}"
@@ -57,10 +57,10 @@ def unsupported(q: Tensor, values: Tensor, n_subkeys: int, options: ChunkOptions
         return f"n={n_subkeys} sub-keys per half (at most {MAX_SUBKEYS})"
     if options.top_k > MAX_TOP_K:
         return f"top_k={options.top_k} (at most {MAX_TOP_K})"
-    if values.shape[-1] > MAX_VALUE_DIM:
-        return f"value width {values.shape[-1]} (at most {MAX_VALUE_DIM})"
-    if q.dtype != torch.float32 and not interpreted:
-        return f"{str(q.dtype).removeprefix('torch.')} (float32 only)"
+    if value_dim > MAX_VALUE_DIM:
+        return f"value width {value_dim} (at most {MAX_VALUE_DIM})"
+    if dtype != torch.float32 and not interpreted:
+        return f"{str(dtype).removeprefix('torch.')} (float32 only)"
     return ""
 
 
@@ -75,7 +75,7 @@ def write_chunks(
     Raises:
         UserError: an option, size, dtype or device has no kernel.
     """
-    why = unsupported(q, values, keys.shape[3], options)
+    why = unsupported(q.device, q.dtype, keys.shape[3], values.shape[-1], options)
     if why:
         raise UserError(f"fast_weight_pkm: impl='triton' has no kernel for {why}; use impl='auto' or 'reference'")
     inputs = (q, v, gate, keys, values)
