@@ -11,6 +11,8 @@ from experiments.cli import runs_option
 from mixers.cli import json_option, load_plugins, plugin_option
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from sweeps.definition import SweepConfig
     from sweeps.plan import Plan
     from sweeps.status import SweepStatus
@@ -116,6 +118,7 @@ def _plan_json(planned: Plan) -> dict[str, Any]:
         "budget": sweep_config.budget.model_dump(exclude_none=True),
         "metric": sweep_config.metric.model_dump(),
         "seeds": list(sweep_config.seeds),
+        "match": planned.match_json(),
         "arm_cells": [
             {
                 "arm": arm_cell.arm,
@@ -152,6 +155,32 @@ def _print_plan(planned: Plan) -> None:
         table.add_column(heading)
     for arm, pattern in planned.patterns.items():
         table.add_row(Text(arm), Text(pattern), Text("; ".join(planned.cells)))
+    console.print(table)
+    if sweep_config.match is not None:
+        _print_match(console, planned)
+
+
+def _print_match(console: Console, planned: Plan) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    match = planned.sweep.match
+    words = f"held equal: {match.quantity} of the {match.of}, within {match.tolerance:.3g}"
+    console.print(Text(words))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("arm", "cell", "solved"):
+        table.add_column(heading)
+    for heading in ("target", "reached", "off", "model", "mixers"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for arm_cell in planned.arm_cells:
+        found = arm_cell.matched
+        if found is None:
+            table.add_row(Text(arm_cell.arm), Text(arm_cell.cell), Text("not held to it"))
+            continue
+        solved = f"{found.free}={found.value}" if found.free else "-"
+        sizes = (f"{size:,.0f}" for size in (found.model, found.mixers))
+        numbers = (f"{found.target:,.0f}", f"{found.reached:,.0f}", f"{100 * found.error:+.1f} %", *sizes)
+        table.add_row(*(Text(text) for text in (arm_cell.arm, arm_cell.cell, solved, *numbers)))
     console.print(table)
 
 

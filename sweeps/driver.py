@@ -192,6 +192,7 @@ class Driver:
             tune={path: space.model_dump(exclude_unset=True) for path, space in sweep.tune.items()},
             runs=[run for arm_cell in self.arm_cells for run in arm_cell.saved_runs()],
             chosen={name: choice for name, choice in choices.items() if choice is not None},
+            match=self.plan.match_json(),
         )
         write_saved(self.runs, saved)
 
