@@ -12,6 +12,7 @@ from experiments.config import flatten, merged, read_toml
 from experiments.errors import UserError, nearest
 from experiments.recipe import RECIPES, recipe_path
 from mixers.config import StrictModel
+from sweeps.search import SearchConfig
 from sweeps.space import SearchSpace
 
 DEFINITIONS = Path(__file__).parent / "definitions"
@@ -95,12 +96,6 @@ class MatchConfig(StrictModel):
         return target
 
 
-class SearchConfig(StrictModel):
-    """How tuning settings are found: ``spread`` and ``random`` are fixed before anything runs, ``tpe`` adapts."""
-
-    sampler: Literal["spread", "tpe", "random"] = "spread"
-
-
 class SweepConfig(StrictModel):
     """One question. ``arms`` x ``vary`` are the arm-cells; each is tuned over ``tune`` and then run with every seed.
 
@@ -180,6 +175,7 @@ class SweepConfig(StrictModel):
             raise ValueError("budget.tune_trials must be at least 1 where there is a [tune], got 0")
         if self.budget.tune_trials and not self.tune:
             raise ValueError(f"budget.tune_trials = {self.budget.tune_trials}, but there is no [tune] to search")
+        self.search.check(self.tune, self.budget.tune_trials)
         touched = {
             "base": set(flatten(self.base)),
             **{f"arms.{arm}": set(flatten(arm_overrides(values))) for arm, values in self.arms.items()},

@@ -13,6 +13,7 @@ from experiments.pattern import parse_pattern
 from experiments.records import RunIdentity
 from sweeps.definition import TUNING_SEED, SweepConfig, arm_overrides
 from sweeps.match import Matched, matched_values
+from sweeps.search import refuse_unevaluated
 from sweeps.space import design
 
 ALL = "all"  # label of the only cell of a sweep without [vary]
@@ -139,9 +140,11 @@ def plan(sweep: SweepConfig) -> Plan:
     Raises :class:`UserError` for a setting that the experiment refuses, a pattern that can't be built, an arm that
     can't meet [match], and for two arm-cells that resolve to the same run.
     """
-    adaptive = sweep.search.sampler == "tpe"
-    settings = design(sweep.tune, sweep.budget.tune_trials, sweep.search.sampler) if sweep.tune and not adaptive else ()
-    n_trials = sweep.budget.tune_trials if adaptive else len(settings)
+    search, n_trials = sweep.search, sweep.budget.tune_trials
+    settings: tuple[dict[str, Any], ...] = ()
+    if sweep.tune and not search.adaptive:
+        settings = design(sweep.tune, n_trials, search.sampler, search.options)
+        n_trials = len(settings)
     frees = sweep.free_dimensions
     arm_cells: list[ArmCell] = []
     for label, factors in _cells(sweep).items():
@@ -159,6 +162,7 @@ def plan(sweep: SweepConfig) -> Plan:
     for arm_cell in arm_cells:
         for tried in settings or _corners(sweep):
             run = arm_cell.trial(0, tried)
+            refuse_unevaluated(search, run.config.train.eval_every, arm_cell.place)
             _refuse_twin(first_with_key.setdefault(run.key, arm_cell), arm_cell)
             models.setdefault((run.config.model, run.config.task, run.config.state), (run.config, arm_cell.place))
     for config, place in models.values():

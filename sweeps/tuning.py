@@ -19,11 +19,14 @@ from experiments.config import RESULTS_VERSION
 from experiments.records import RunOutcome
 from sweeps.definition import TUNING_SEED
 from sweeps.plan import ArmCell, PlannedRun
+from sweeps.search import optuna_sampler
 from sweeps.space import DESIGN_SEED, SearchSpace
 
 if TYPE_CHECKING:
     import optuna
 
+# A search may propose known settings so often, for each of its trials, before it has to do with fewer.
+REPEATS_PER_TRIAL = 3
 KEY, REPEATS = "mixlab.key", "mixlab.repeats"  # user attributes of Optuna's trials
 
 
@@ -81,10 +84,11 @@ class Tuning:
     n_repeats: int = 0
     _asked: dict[str, int] = field(default_factory=dict)  # key -> number of Optuna's running trial
     _queued: set[str] = field(default_factory=set)  # keys that wait in the study
+    _lost: dict[str, int] = field(default_factory=dict)  # key -> Optuna's trial that a lost driver was running
 
     @classmethod
     def open(cls, arm_cell: ArmCell, storage: Any, read: Callable[[str], RunOutcome | None]) -> Tuning:
-        """The search as records and study leave it; trials that a lost driver was running wait again."""
+        """The search as records and study leave it; trials that a lost driver was running go on."""
         import optuna
 
         study = optuna.create_study(
@@ -93,18 +97,19 @@ class Tuning:
             direction=arm_cell.sweep.metric.direction,
             load_if_exists=True,
         )
-        # The seed moves on with the trials: a restarted driver must not be handed the first proposals again.
-        seed = int(_digest(arm_cell), 16) % 2**31 + len(study.get_trials(deepcopy=False))
-        adaptive = not arm_cell.trial_settings
-        study.sampler = (optuna.samplers.TPESampler if adaptive else optuna.samplers.RandomSampler)(seed=seed)
         tuning = cls(arm_cell, study, read)
+        tuning._renew_sampler()
         tuning._reconcile()
         return tuning
 
     @property
     def n_trials(self) -> int:
-        """Distinct runs that the search will have made: settings proposed twice are run once."""
-        return self.arm_cell.n_trials - self.n_repeats
+        """Distinct runs that the search will have made.
+
+        Settings proposed twice are run once, and others are asked for; a space that seems used up ends the search.
+        """
+        n = self.arm_cell.n_trials
+        return max(len(self.runs), n - max(0, self.n_repeats - REPEATS_PER_TRIAL * n))
 
     @property
     def complete(self) -> bool:
@@ -119,7 +124,12 @@ class Tuning:
 
     def next_run(self) -> PlannedRun | None:
         """The next trial to run; None while all are running or done."""
+        if self._lost:
+            key = next(iter(self._lost))
+            self._asked[key] = self._lost.pop(key)
+            return self.runs[key]
         while self._queued or len(self.runs) < self.n_trials:
+            self._renew_sampler()
             trial = self.study.ask(_distributions(self.arm_cell.sweep.tune))
             key = trial.user_attrs.get(KEY)
             run = self.runs[key] if key else self.arm_cell.trial(len(self.runs), trial.params)
@@ -141,6 +151,11 @@ class Tuning:
         self.results[run.key] = outcome
         self.study.tell(self._asked.pop(run.key), **self._told(outcome))
 
+    def _renew_sampler(self) -> None:
+        """Make what is proposed next a function of the trials so far, not of how many drivers have made them."""
+        seed = (int(_digest(self.arm_cell), 16) + len(self.runs) + self.n_repeats) % 2**31
+        self.study.sampler = optuna_sampler(self.arm_cell.sweep.search, self.arm_cell.n_trials, seed, None)
+
     def _reconcile(self) -> None:
         """Bring the study in line with plan and records, and queue what is left to run."""
         import optuna
@@ -161,6 +176,8 @@ class Tuning:
                 self._queued.add(key)
             elif trial.state.name != "RUNNING":
                 told |= {key} if outcome is not None else set()
+            elif outcome is None and key in self.runs and key not in self._lost:
+                self._lost[key] = trial.number
             elif outcome is None or key in told:
                 self.study.tell(trial.number, state=fail)
             else:
@@ -172,7 +189,7 @@ class Tuning:
                 self.results[run.key] = outcome
                 if run.key not in told | self._queued:
                     self._add_told(run, outcome)
-            elif run.key not in self._queued:
+            elif run.key not in self._queued and run.key not in self._lost:
                 self.study.enqueue_trial(run.settings, user_attrs={KEY: run.key})
                 self._queued.add(run.key)
 
@@ -257,7 +274,7 @@ def _digest(arm_cell: ArmCell) -> str:
         RESULTS_VERSION,
         DESIGN_SEED,
         TUNING_SEED,
-        sweep.search.sampler,
+        sweep.search.model_dump(),
         sweep.metric.model_dump(),
         arm_cell.n_trials,
     ]
