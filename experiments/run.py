@@ -16,7 +16,7 @@ from experiments.config import ExperimentConfig
 from experiments.cost import PeakMemory, measure_cost
 from experiments.device import Compute, resolve_compute
 from experiments.environment import environment, git_state
-from experiments.progress import Interrupted, OnProgress
+from experiments.progress import Interrupted, OnProgress, Pruned
 from experiments.records import (
     FINAL_OUTCOMES,
     Outcome,
@@ -56,7 +56,8 @@ def run_experiment(
     """Run to the end, or on from the checkpoint of an interrupted try; a final outcome found is returned as it is.
 
     A training that raises ends as ``failed`` with the reason; :class:`Interrupted` ends as ``killed``, the checkpoint
-    saved. Both are recorded, neither is raised. User mistakes in the config raise before anything is written.
+    saved; :class:`Pruned` ends as ``pruned``. All are recorded, none is raised. User mistakes in the config raise before
+    anything is written.
     """
     folder = run_folder(runs, identity.sweep, identity.key)
     before = read_outcome(folder)
@@ -74,6 +75,9 @@ def run_experiment(
     recorder = _Recorder(folder, tracker)
     try:
         outcome = _train_and_measure(config, task, compute, folder, recorder, on_progress)
+    except Pruned as told:
+        select = {k: v for row in read_metrics(folder) for k, v in row.items() if k.startswith("select/")}
+        outcome = replace(recorder.ended("pruned", str(told)), metrics=select)
     except Interrupted:
         outcome = recorder.ended("killed", "interrupted; the same command resumes it")
     except torch.OutOfMemoryError as error:

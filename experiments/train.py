@@ -158,7 +158,8 @@ class Trainer:
             if self.checkpoint and time.perf_counter() - saved_at >= train.checkpoint_every_s:
                 self.save()
                 saved_at = time.perf_counter()
-            self.on_progress(Progress(self.at.step, self.n_steps, self.at.last_select))
+            evaluated = bool(due and not last)
+            self.on_progress(Progress(self.at.step, self.n_steps, self.at.last_select, evaluated=evaluated))
         return "", float(np.median(speeds or [0.0]))
 
     def _batch(self, step: int) -> Batch:

@@ -201,11 +201,14 @@ def _print_status(status: SweepStatus) -> None:
     for heading in ("arm", "cell"):
         table.add_column(heading)
     # Short enough for 80 columns.
-    for heading in ("done", "now", "div.", "fail", "miss", "best\nselect", "mean\nreport"):
+    pruned = any(row.n_pruned for row in status.arm_cells)
+    ends = ("div.", "fail", *(["prun"] if pruned else []), "miss")
+    for heading in ("done", "now", *ends, "best\nselect", "mean\nreport"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("chosen")
     for row in status.arm_cells:
-        counts = [str(n or "-") for n in (row.n_running, row.n_diverged, row.n_failed, row.n_missing)]
+        ended = (row.n_diverged, row.n_failed, *([row.n_pruned] if pruned else []), row.n_missing)
+        counts = [str(n or "-") for n in (row.n_running, *ended)]
         numbers = (number_text(row.best_select), number_text(row.mean_report))
         chosen = row.not_run or settings_text(row.settings or {})
         done = f"{row.n_finished}/{row.n_runs}"

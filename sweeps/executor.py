@@ -47,7 +47,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Reported:
-    """A job's progress: ``step`` of ``n_steps``, and newest metrics."""
+    """A job's progress: ``step`` of ``n_steps``, and newest metrics; ``evaluated`` where select was, at this step."""
 
     key: str
     worker: int
@@ -55,6 +55,7 @@ class Reported:
     n_steps: int
     metrics: dict[str, float | None]
     note: str = ""
+    evaluated: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from experiments.config import RESULTS_VERSION
 from experiments.records import RunOutcome
 from sweeps.definition import TUNING_SEED
 from sweeps.plan import ArmCell, PlannedRun
-from sweeps.search import optuna_sampler
+from sweeps.search import optuna_pruner, optuna_sampler
 from sweeps.space import DESIGN_SEED, SearchSpace
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ class Tuning:
 
     arm_cell: ArmCell
     study: optuna.Study
+    storage: Any
     read: Callable[[str], RunOutcome | None]
     runs: dict[str, PlannedRun] = field(default_factory=dict)
     results: dict[str, RunOutcome] = field(default_factory=dict)
@@ -97,7 +98,9 @@ class Tuning:
             direction=arm_cell.sweep.metric.direction,
             load_if_exists=True,
         )
-        tuning = cls(arm_cell, study, read)
+        tuning = cls(arm_cell, study, storage, read)
+        train = arm_cell.values["train"]
+        study.pruner = optuna_pruner(arm_cell.sweep.search, train.get("eval_every", 0), train.get("max_steps"))
         tuning._renew_sampler()
         tuning._reconcile()
         return tuning
@@ -145,6 +148,15 @@ class Tuning:
                 return run
             self.tell(run, outcome)
         return None
+
+    def prunes(self, run: PlannedRun, step: int, value: float) -> bool:
+        """Take the select metric that a running trial has at ``step``; whether the trial should end now."""
+        if self.arm_cell.sweep.search.pruner == "none":
+            return False
+        study_id = self.storage.get_study_id_from_name(self.study.study_name)
+        trial_id = self.storage.get_trial_id_from_study_id_trial_number(study_id, self._asked[run.key])
+        self.storage.set_trial_intermediate_value(trial_id, step, value)
+        return self.study.pruner.prune(self.study, self.storage.get_trial(trial_id))
 
     def tell(self, run: PlannedRun, outcome: RunOutcome) -> None:
         """The end of a trial that :meth:`next_run` gave."""

@@ -186,7 +186,6 @@ def test_a_sweep_without_overrides_is_what_the_file_says(tmp_path):
             {
                 "search__sampler": "grid",
                 "tune__train__schedule": {"choice": ["cosine", "constant"]},
-                "budget__tune_trials": 5,
             },
             "a grid of 2 of train.lr x 2 of train.schedule has 4 points, not budget.tune_trials = 5",
         ),
