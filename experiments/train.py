@@ -65,6 +65,12 @@ def n_steps_of(config: ExperimentConfig, task: Task) -> int:
     return math.ceil(config.train.max_tokens / (config.train.batch_size * task.tokens_per_example))
 
 
+def training_batch(config: ExperimentConfig, task: Task, step: int) -> Batch:
+    """What step ``step`` trains on: a function of data, batch size and order seed, whatever the model."""
+    contiguous = config.state.carry == "stream"
+    return task.train_batch(step, config.train.batch_size, config.seed_for("order"), contiguous=contiguous)
+
+
 class Trainer:
     """One training of one model on one task: ``resume``, then ``run``."""
 
@@ -163,12 +169,7 @@ class Trainer:
         return "", float(np.median(speeds or [0.0]))
 
     def _batch(self, step: int) -> Batch:
-        return self.task.train_batch(
-            step,
-            self.config.train.batch_size,
-            self.config.seed_for("order"),
-            contiguous=self.config.state.carry == "stream",
-        )
+        return training_batch(self.config, self.task, step)
 
     def _step(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         train = self.config.train
