@@ -119,6 +119,7 @@ def _plan_json(planned: Plan) -> dict[str, Any]:
         "metric": sweep_config.metric.model_dump(),
         "seeds": list(sweep_config.seeds),
         "match": planned.match_json(),
+        "search": sweep_config.search.model_dump(),
         "arm_cells": [
             {
                 "arm": arm_cell.arm,
@@ -147,8 +148,9 @@ def _print_plan(planned: Plan) -> None:
     console.print(Text("budget of every run: " + ", ".join(f"{name} = {n:,}" for name, n in limits.items())))
     for path, space in sweep_config.tune.items():
         tried = list(dict.fromkeys(settings[path] for settings in planned.arm_cells[0].trial_settings))
-        values = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in tried)
-        spread = f"between {space.ends()[0]:g} and {space.ends()[1]:g}" if not tried else values
+        known = tried or list(space.choice or space.ends())
+        values = [f"{value:g}" if isinstance(value, float) else str(value) for value in known]
+        spread = ", ".join(values) if tried or space.choice else " to ".join(values)
         console.print(Text(f"tuned: {path} in {spread}, chosen on {sweep_config.metric.select}"))
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("arm", "pattern", "cells"):
@@ -214,6 +216,10 @@ def _print_status(status: SweepStatus) -> None:
         done = f"{row.n_finished}/{row.n_runs}"
         table.add_row(*(Text(text) for text in (row.arm, row.cell, done, *counts, *numbers, chosen)))
     console.print(table)
+    for row in status.arm_cells:
+        for point in row.front:
+            values = ", ".join(f"{name} = {value:.6g}" for name, value in point["values"].items())
+            console.print(Text(f"front: {row.arm} | {row.cell} | {values} | {settings_text(point['settings'])}"))
     for failure in status.failures:
         where = f"{failure.arm} | {failure.cell} | {failure.role} seed {failure.seed} | {failure.key}"
         console.print(Text(f"{failure.outcome}: {where}: {failure.reason}"))

@@ -175,7 +175,7 @@ class SweepConfig(StrictModel):
             raise ValueError("budget.tune_trials must be at least 1 where there is a [tune], got 0")
         if self.budget.tune_trials and not self.tune:
             raise ValueError(f"budget.tune_trials = {self.budget.tune_trials}, but there is no [tune] to search")
-        self.search.check(self.tune, self.budget.tune_trials)
+        self.search.check(self.tune, self.budget.tune_trials, self.metric.select)
         touched = {
             "base": set(flatten(self.base)),
             **{f"arms.{arm}": set(flatten(arm_overrides(values))) for arm, values in self.arms.items()},

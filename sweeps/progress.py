@@ -111,6 +111,7 @@ class ArmCellProgress:
             "key": choice.key,
             "trial": choice.trial,
             "reason": choice.reason,
+            **({"front": list(choice.front)} if choice.front else {}),
         }
 
     def _choose(self) -> Choice | None:

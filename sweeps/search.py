@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from mixers.config import StrictModel
 from mixers.errors import UserError
+from sweeps.objectives import check_objectives
 from sweeps.space import DESIGNS, SearchSpace, check_grid
 
 if TYPE_CHECKING:
@@ -96,13 +96,16 @@ class SearchConfig(StrictModel):
     """How tuning settings are found, with the same number of trials in every arm and cell.
 
     spread, random, qmc and grid are fixed before anything runs; tpe, gp, cmaes and nsgaii ask Optuna, trial by trial.
-    ``pruner`` ends trainings early that do worse than others at the same step of the same search.
+    ``pruner`` ends trainings early that do worse than others at the same step of the same search. ``objectives`` are
+    the select metric and costs, searched for their Pareto front; what breaks one of ``constraints`` is never chosen.
     """
 
     sampler: Sampler = "spread"
     options: dict[str, Any] = Field(default_factory=dict)
     pruner: Pruner = "none"
     pruner_options: dict[str, Any] = Field(default_factory=dict)
+    objectives: tuple[str, ...] = ()
+    constraints: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -121,12 +124,13 @@ class SearchConfig(StrictModel):
     def parsed_pruner_options(self) -> Any:
         return _PRUNER_OPTIONS[self.pruner].parse(self.pruner_options, f"search: options of {self.pruner}")
 
-    def check(self, spaces: dict[str, SearchSpace], n_trials: int) -> None:
+    def check(self, spaces: dict[str, SearchSpace], n_trials: int, select: str) -> None:
         """Refuse a search that these spaces or this budget don't allow; ValueError says why."""
         if not spaces:
             if self != SearchConfig():
                 raise ValueError("search: there is no [tune] to search")
             return
+        check_objectives(self.objectives, self.constraints, select, self)
         options = self.sampler_options
         if self.sampler == "grid":
             check_grid(spaces, n_trials, options.points)
@@ -144,9 +148,7 @@ class SearchConfig(StrictModel):
             )
 
 
-def optuna_sampler(
-    search: SearchConfig, n_trials: int, seed: int, constraints: Callable[[Any], list[float]] | None
-) -> optuna.samplers.BaseSampler:
+def optuna_sampler(search: SearchConfig, n_trials: int, seed: int) -> optuna.samplers.BaseSampler:
     """Optuna's sampler of a search. Fixed designs are queued, so theirs only fills in nothing."""
     import optuna
 
@@ -156,14 +158,14 @@ def optuna_sampler(
         # Optuna calls some of what it has had for years experimental.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if search.sampler == "tpe":
-            return samplers.TPESampler(seed=seed, constraints_func=constraints, **options)
+            return samplers.TPESampler(seed=seed, **options)
         if search.sampler == "gp":
-            return samplers.GPSampler(seed=seed, constraints_func=constraints, **options)
+            return samplers.GPSampler(seed=seed, **options)
         if search.sampler == "cmaes":
             return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False, **options)
         if search.sampler == "nsgaii":
             options.setdefault("population_size", max(2, n_trials // N_GENERATIONS))
-            return samplers.NSGAIISampler(seed=seed, constraints_func=constraints, **options)
+            return samplers.NSGAIISampler(seed=seed, **options)
     return samplers.RandomSampler(seed=seed)
 
 

@@ -43,7 +43,9 @@ class ArmCellStatus:
     """Runs of one arm-cell by state. ``missing``: planned, not running, and without a final outcome.
 
     ``best_select`` is over tuning trials (over replicates where nothing is tuned), ``mean_report`` over replicates;
-    both over finished runs only. ``not_run`` says why replicates will not be run.
+    both over finished runs only.
+    ``not_run`` says why replicates will not be run. ``front``: the Pareto front of a search with objectives, once it is
+    over.
     """
 
     arm: str
@@ -60,6 +62,7 @@ class ArmCellStatus:
     settings: dict[str, Any] | None
     not_run: str = ""
     trials: list[TrialStatus] = field(default_factory=list)
+    front: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,7 @@ def _row(
         mean_report=sum(report) / len(report) if report else None,
         settings=choice["settings"] if choice else None,
         not_run=not_run,
+        front=choice.get("front", []) if choice else [],
         trials=[
             _trial(saved, run, record) for run in planned if run.trial is not None and (record := records[run.key])
         ],
