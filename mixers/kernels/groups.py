@@ -27,6 +27,7 @@ def group_accesses(slots: Tensor, n_slots: int, chunk_size: int) -> Groups:
 
     Bytes: 4 radix passes over 12 E (codes below 2^31) or 8 over 16 E.
     """
+    assert slots.numel() < 2**31, "accesses are counted in 32 bits"
     n_memories, _, n_tokens, _ = slots.shape
     n_rows = n_memories * n_slots
     device = slots.device
