@@ -35,7 +35,7 @@ CASES = [
 
 
 # Predicted milliseconds of all launches of a kernel at the timed sizes (float32, n=512, H=1, k=8, K=V=512, one shared
-# memory): bytes over 4 TB/s of memory or 5.5 TB/s of L2 cache, 250 TFLOP/s for tf32 products, and about 3 us a launch for
+# memory): bytes over 4 TB/s of memory or 5.5 TB/s of L2 cache, 250 TFLOP/s for tf32 products, about 3 us a launch for
 # its start and the loads that wait for one another.
 PREDICTED = {
     # 8 x 4096 tokens, C=512: 8 chunks of 4096 queries.
