@@ -1,10 +1,7 @@
 """Check the Triton implementation against the readable one, then time it: python -m mixers.fwpkm.gpu_check [--json].
 
 With TRITON_INTERPRET=1 and no GPU the check runs in triton's interpreter, in float64, and nothing is timed.
-Exit code 1 when a check fails. Predictions for the timed size (float32, B=8, T=4096, n=512, H=1, k=8, K=V=512, C=512,
-one shared memory, 3.35 TB/s): forward 2.3 GB of rows and 1.1 GB for the copy of the table, 1.0 ms; backward 2.2 GB of
-rows and 0.5 GB of zeros, 0.8 ms; products of keys with three tf32 passes, 3 x 17 GFLOP each for selection, step and
-the step's backward, 0.3 ms each.
+Exit code 1 when a check fails. Beside the measured time of each kernel stands the predicted one, see PREDICTED.
 """
 
 from __future__ import annotations
@@ -35,6 +32,34 @@ CASES = [
     {"scope": "sequence", "lr": 0.7, "address_weight": 0.3},
     {"scope": "sequence", "update_scale": "released", "masked": True, "score": "dot"},
 ]
+
+
+# Predicted milliseconds of all launches of a kernel at the timed sizes (float32, n=512, H=1, k=8, K=V=512, one shared
+# memory): bytes over 4 TB/s of memory or 5.5 TB/s of L2 cache, 250 TFLOP/s for tf32 products, about 3 us a launch for
+# its start and the loads that wait for one another.
+PREDICTED = {
+    # 8 x 4096 tokens, C=512: 8 chunks of 4096 queries.
+    "train_kernels": {
+        "update_kernel": 0.65,  # 3 rows of 2 KB per touched row forward, 2 backward: 190 and 127 MB a chunk
+        "read_backward_kernel": 0.36,  # 170 MB a chunk
+        "address_kernel": 0.40,  # 16 maxima of 512, one after the other
+        "step_keys_kernel": 0.26,  # 67 MB a chunk from the L2 cache
+        "rank_subkeys_kernel": 0.24,  # 3 x 2.1 GFLOP a chunk
+        "read_kernel": 0.20,  # 92 MB a chunk
+        "key_gradients_kernel": 0.20,  # 134 MB a chunk from the L2 cache
+        "key_direction_kernel": 0.20,  # the same
+        "mean_use_kernel": 0.16,  # 34 million comparisons a chunk
+    },
+    # 131072 tokens, C=512: 256 chunks of 512 queries, where starts and waits outweigh bytes.
+    "prefill_128k_kernels": {
+        "address_kernel": 2.8,
+        "rank_subkeys_kernel": 2.3,
+        "update_kernel": 2.0,
+        "read_kernel": 1.5,
+        "step_keys_kernel": 1.5,
+        "mean_use_kernel": 1.3,
+    },
+}
 
 
 def options_of(**changes) -> ChunkOptions:
@@ -206,6 +231,8 @@ def timings() -> dict[str, object]:
     values = torch.randn(1, 512**2, 512, device="cuda") * 512**-0.5
     for part in (_time_copy, _time_training, _time_prefill, _time_static_read):
         for name, value in part(keys, values):
+            for kernel, predicted in PREDICTED.get(name, {}).items():
+                value.setdefault(kernel, {})["predicted_ms"] = predicted
             found[name] = value
             print(f"{name}: {value}", file=sys.stderr, flush=True)
         torch.cuda.empty_cache()
