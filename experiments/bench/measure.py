@@ -21,7 +21,7 @@ from experiments.device import Compute
 
 # An operation that has taken so long in all is not repeated.
 ENOUGH_S = 15.0
-# A first call that takes so long needs no warm-up: it is counted.
+# A first call on the CPU that takes so long needs no warm-up: it is counted.
 NO_WARM_UP_S = 5.0
 
 
@@ -40,11 +40,12 @@ def seconds(operation: Operation, device: str) -> float:
 
 
 def warm_up(operation: Operation, device: str) -> list[float]:
-    """One or two calls that don't count, unless the first is so long that starting up is nothing to it."""
+    """One or two calls that don't count, unless the first is so long that starting up is nothing to it. On CUDA a first
+    call never counts: it may compile and tune kernels for minutes."""
     first = seconds(operation, device)
-    if first > NO_WARM_UP_S:
+    if first > NO_WARM_UP_S and device != "cuda":
         return [first]
-    if first < 1:
+    if first < 1 or device == "cuda":
         seconds(operation, device)
     return []
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -267,7 +267,9 @@ class FastWeightPKM(Mixer):
         with torch.autocast(x.device.type, enabled=False):
             memory_dtype = state.keys.dtype
             write_gate = gate.to(memory_dtype) if c.gate_weighting else None
-            rows, slots, state, losses = self._memory(
+            # What is not plain torch is no work for torch.compile, nor is what surrounds it.
+            memory = self._memory if self.impl == "reference" else self._memory_uncompiled
+            rows, slots, state, losses = memory(
                 q.to(memory_dtype), v.to(memory_dtype), write_gate, mask, state, return_state
             )
         mixed = rows.to(v.dtype)
@@ -276,6 +278,10 @@ class FastWeightPKM(Mixer):
         y = self.out_proj(self.out_norm(mixed))
         y = zero_padding(y, mask)
         return MixerOutput(y, state if return_state else None, self._aux(gate, slots, losses))
+
+    @torch.compiler.disable
+    def _memory_uncompiled(self, *arguments: Any) -> tuple[Tensor, Tensor, FastWeightState, dict[str, Tensor]]:
+        return self._memory(*arguments)
 
     def _memory(
         self,

@@ -40,7 +40,7 @@ from mixers.kernels.key_step import descend_entropy, key_step_backward
 from mixers.kernels.read import read_and_err
 from mixers.kernels.read_backward import chunk_backward
 from mixers.kernels.select import rank_subkeys
-from mixers.kernels.side_stream import SideStream
+from mixers.kernels.side_stream import SideStream, is_captured
 from mixers.kernels.update import add_rows, step_rows
 from mixers.kernels.use import mean_use, uses
 
@@ -175,10 +175,11 @@ def _forward(
     error = q.new_empty(n_memories, n_queries, value_dim)
     overwritten = q.new_empty(slots.numel(), value_dim) if keep else None
     groups = Groups(*(torch.empty(slots.numel(), dtype=torch.int64, device=q.device) for _ in Groups._fields))
-    side = SideStream(q.device, beside=len(chunks) > 1)
+    beside = len(chunks) > 1 and is_captured(q.device)
+    side = SideStream(q.device, beside=beside)
     side.wait()
     table.copy_(values)
-    for part in _parts(chunks, QUERIES_PER_SORT):
+    for part in _parts(chunks, QUERIES_PER_SORT) if beside else [chunks]:
         # A. The chain of the keys runs ahead.
         with side.run():
             for at in part:
@@ -213,7 +214,8 @@ def _forward(
     n_pairs = n_memories * n_rows * sum(max(at.n_chunk - o.lookahead, 0) for at in chunks)
     out = ChunksOutput(
         read,
-        all_keys[-1],
+        # A copy where it is one of many: a state would keep the keys of all chunks alive.
+        all_keys[-1].clone() if n_kept_keys > 1 else all_keys[-1],
         table,
         slots,
         weights,
@@ -337,7 +339,7 @@ def _backward(
     parts = _parts(chunks, QUERIES_PER_MEETING)
     found = uses(kept.indices, mean_tangent, (_merged(parts[0]) if still else chunks[0]).n_queries)
     d_keys = q.new_zeros(keys_shape) if d_keys is None else d_keys.clone(memory_format=torch.contiguous_format)
-    side = SideStream(q.device, beside=len(chunks) > 1)
+    side = SideStream(q.device, beside=len(chunks) > 1 and is_captured(q.device))
     for part in reversed(parts):
         for at in reversed(part):
             chunk_backward(

