@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from mixers.base import MixerOutput, State, Traits
 from mixers.masking import zero_padding
 from mixers.product_key_layer import ProductKeyConfig, ProductKeyLayer
-from mixers.product_keys import read
 from mixers.registry import register
+from mixers.table_rows import sum_rows
 
 
 class ProductKeyMemoryConfig(ProductKeyConfig):
@@ -64,7 +64,7 @@ class ProductKeyMemory(ProductKeyLayer):
         selection = self._select(x, mask)
         with torch.autocast(x.device.type, enabled=False):
             weights = torch.softmax(selection.scores, dim=-1)
-            rows = read(self.values.unsqueeze(0), selection.slots.flatten(-2), weights.flatten(-2))
+            rows = sum_rows(self.values, selection.slots[0].flatten(-2), weights[0].flatten(-2), self.impl)
         rows = rows.view(*x.shape[:2], self.value_dim).to(x.dtype)
         if self.config.use_gate:
             rows = rows * nn.functional.silu(self.gate_proj(x))

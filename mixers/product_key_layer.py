@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from mixers import table_rows
 from mixers.base import Mixer, ParameterOptions, State
 from mixers.config import MixerConfig
 from mixers.product_keys import Score, Selection, select
@@ -25,6 +26,7 @@ class ProductKeyConfig(MixerConfig):
     query_norm: QueryNorm = Field("rms", description="over the heads' queries together; batch: see batch_statistics")
     train_keys: bool = Field(True, description="False: the sub-keys stay as drawn")
     value_lr_scale: float = Field(1.0, gt=0, description="learning rate of the table relative to the others")
+    impl: table_rows.Impl = Field("auto", description="of the table's reads; auto: triton on CUDA, else sparse")
 
     @model_validator(mode="after")
     def _check_product_keys(self) -> Self:
@@ -76,6 +78,10 @@ class ProductKeyLayer(Mixer):
         if not isinstance(self.q_norm, nn.Identity):
             self.q_norm.reset_parameters()
         nn.init.uniform_(self.keys, -(self.config.head_key_dim**-0.5), self.config.head_key_dim**-0.5)
+
+    @property
+    def impl(self) -> str:
+        return table_rows.resolve(self.config.impl, getattr(self, self.table_names[0]), self.name)
 
     @property
     def batch_statistics(self) -> tuple[str, ...]:
