@@ -1,4 +1,4 @@
-"""``mixlab train``, ``evaluate`` and ``sync``."""
+"""``mixlab train``, ``evaluate`` and ``sync``; ``bench`` and ``doctor`` have files of their own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from experiments.bench_cli import bench
 from experiments.doctor_cli import doctor
 from mixers.cli import json_option, load_plugins, plugin_option
 
@@ -236,4 +237,4 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
     Console().print(table)
 
 
-commands = [train, evaluate, sync, doctor]
+commands = [train, evaluate, sync, bench, doctor]

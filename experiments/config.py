@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from experiments.errors import UserError
+from experiments.pattern import parse_pattern
 from experiments.tasks.mqar import MQARConfig
 from experiments.tasks.text import TextConfig
 from mixers.config import StrictModel
@@ -138,9 +139,22 @@ class ExperimentConfig(StrictModel):
         return self.model_dump(mode="json")
 
     def key(self) -> str:
-        """The run's key: a hash of the full resolved config and the results version."""
-        text = json.dumps({"results_version": RESULTS_VERSION, "config": self.resolved()}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """The run's key: a hash of the full resolved config, of the results version, which stands for the code of this
+        project, and of the code of mixers from elsewhere."""
+        identity = {"results_version": RESULTS_VERSION, "config": self.resolved()}
+        foreign = _foreign_code(self.model.pattern)
+        if foreign:
+            identity["code"] = foreign
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _foreign_code(pattern: str) -> dict[str, str]:
+    """Hashes of the mixers' code by name, without those of this project."""
+    from mixers import registry
+    from mixers.source import foreign_code
+
+    codes = {name: foreign_code(registry.get(name)) for name in parse_pattern(pattern).mixer_names()}
+    return {name: code for name, code in codes.items() if code}
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,20 +10,21 @@ from pathlib import Path
 
 import torch
 
-from experiments.backbone import Backbone
+from experiments.backbone import Backbone, BackboneState
 from experiments.device import Compute
-from mixers.base import state_bytes
+from experiments.turns import Turns
+from mixers.base import Mixer, state_bytes
 
 N_FLOP_CONTEXTS = 33
 N_DECODE_TOKENS = 16
 N_PREFILL_REPEATS = 3
 
 
-def measure_cost(model: Backbone, n_tokens: int, compute: Compute) -> dict[str, float]:
-    """Costs by name, for one sequence of ``n_tokens`` tokens.
+def measure_cost(model: Backbone, n_tokens: int, compute: Compute, turns: Turns | None = None) -> dict[str, float]:
+    """Costs by name, for one sequence of ``n_tokens`` tokens. While it times, other trainings of ``turns`` wait.
 
-    state_bytes: of all tensors of the model's real state, the larger of those after T-1 and after T tokens: a memory
-        that writes in chunks holds a full queue just before a chunk ends.
+    state_bytes: of the model's real state, the larger of those after T-1 and after T tokens: a memory that writes in
+        chunks holds a full queue just before a chunk ends. A memory that stores only what was written counts whole.
     state_bytes_per_token: growth from T to 2T tokens, per token. state_bytes_fixed: the rest of state_bytes.
     state_bytes_shared: the part that does not double with the batch.
     params: trained parameters (slow weights), not part of the state. flops_per_token: forward, mean over the contexts.
@@ -41,7 +42,8 @@ def measure_cost(model: Backbone, n_tokens: int, compute: Compute) -> dict[str, 
         flops = [model.flops_per_token(context) for context in contexts]
         if None not in flops:
             cost["flops_per_token"] = statistics.fmean(flops)
-        return cost | _speed(model, n_tokens, compute)
+        with (turns or Turns()).alone():
+            return cost | _speed(model, n_tokens, compute)
     finally:
         model.train(was_training)
 
@@ -55,8 +57,7 @@ def _state_cost(model: Backbone, n_tokens: int, compute: Compute) -> dict[str, f
     def measured(n: int, batch_size: int = 1) -> int:
         tokens = torch.zeros(batch_size, n, dtype=torch.int64, device=compute.device)
         with compute.autocast():
-            # The counter of the backbone is bookkeeping of 8 bytes, equal for all arms: left out.
-            return state_bytes(model(tokens, return_state=True).state.blocks)
+            return full_state_bytes(model, model(tokens, return_state=True).state)
 
     full, before, later = measured(n_tokens), measured(n_tokens - 1), measured(longest)
     per_token = (later - full) / (longest - n_tokens) if longest > n_tokens else (full - measured(1)) / (n_tokens - 1)
@@ -68,6 +69,19 @@ def _state_cost(model: Backbone, n_tokens: int, compute: Compute) -> dict[str, f
         "state_bytes_shared": float(2 * full - measured(n_tokens, batch_size=2)),
         "state_context_tokens": float(n_tokens),
     }
+
+
+def full_state_bytes(model: Backbone, state: BackboneState) -> int:
+    """Bytes of all sub-layers' states, each by its mixer's ``full_state_bytes``.
+
+    The counter of the backbone is bookkeeping of 8 bytes, equal for all arms: left out.
+    """
+    total = 0
+    for block, states in zip(model.blocks, state.blocks, strict=True):
+        for name, part in states.items():
+            sublayer = block.sublayers[name]
+            total += sublayer.full_state_bytes(part) if isinstance(sublayer, Mixer) else state_bytes(part)
+    return total
 
 
 @torch.no_grad()

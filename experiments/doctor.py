@@ -165,11 +165,19 @@ def missing_cuda() -> list[dict[str, Any]]:
 def missing_kernels(has_gpu: bool) -> list[dict[str, Any]]:
     """Optional kernel packages that aren't here: what they serve, how to get them, and whether this machine would
     gain."""
-    from mixers.implementations import FLA_INSTALL, FLA_MISSING, FLASH_ATTN_INSTALL, FLASH_ATTN_MISSING
+    from mixers.implementations import (
+        FLA_INSTALL,
+        FLA_MISSING,
+        FLASH_ATTN_INSTALL,
+        FLASH_ATTN_MISSING,
+        TRITON_INSTALL,
+        TRITON_MISSING,
+    )
 
     kinds = [
         (FLA_MISSING, "impl='fla' of linear attention and delta rules", FLA_INSTALL),
         (FLASH_ATTN_MISSING, "impl='flash_attn' of softmax", FLASH_ATTN_INSTALL),
+        (TRITON_MISSING, "impl='triton' of fwpkm", TRITON_INSTALL),
     ]
     return [
         {"packages": list(packages), "serves": serves, "command": command, "useful_here": has_gpu}

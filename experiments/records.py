@@ -4,6 +4,7 @@
                        config.json       the full resolved config
                        environment.json  versions, device, git state
                        metrics.jsonl     one object a line: step, tokens, wall_s and metrics by name
+                       attempts.jsonl    one object a line: when, where and by which process it was started
                        checkpoint.pt     while unfinished, or when kept
                        outcome.json      last of all, atomically: outcome, reason, metrics, cost
 
@@ -15,12 +16,16 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 Outcome = Literal["finished", "diverged", "failed", "pruned", "killed"]
 Role = Literal["tuning", "replicate"]
+# How the reason of a failure for want of memory begins.
+OUT_OF_MEMORY = "out of memory"
 # Outcomes that stand as results: the same sweep started again does not run them once more.
 FINAL_OUTCOMES: frozenset[str] = frozenset({"finished", "diverged", "failed", "pruned"})
 
@@ -131,10 +136,26 @@ def read_sweep_runs(runs: Path, sweep: str) -> list[RunRecord]:
     return [record for record in records if record is not None]
 
 
+def write_attempt(folder: Path) -> None:
+    """Add this process to the run's attempts."""
+    attempt = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+    with open(folder / "attempts.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(attempt) + "\n")
+
+
+def n_attempts(folder: Path) -> int:
+    """How often the run was started."""
+    return len(_read_lines(folder / "attempts.jsonl"))
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a torn last line is left out."""
+    return _read_lines(folder / "metrics.jsonl")
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return []
     rows = []

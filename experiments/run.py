@@ -19,6 +19,7 @@ from experiments.environment import environment, git_state
 from experiments.progress import Interrupted, OnProgress
 from experiments.records import (
     FINAL_OUTCOMES,
+    OUT_OF_MEMORY,
     Outcome,
     RunIdentity,
     RunOutcome,
@@ -34,6 +35,7 @@ from experiments.tasks import build_task
 from experiments.tasks.base import Task
 from experiments.tracking import RunTracker
 from experiments.train import Trainer, TrainResult
+from experiments.turns import Turns
 
 
 @dataclass(frozen=True)
@@ -72,17 +74,21 @@ def run_experiment(
 
     tracker = _start_tracker(config, identity, tracking, before)
     recorder = _Recorder(folder, tracker)
+    turns = Turns(runs, str(compute.device))
     try:
-        outcome = _train_and_measure(config, task, compute, folder, recorder, on_progress)
+        outcome = _train_and_measure(config, task, compute, folder, recorder, on_progress, turns)
     except Interrupted:
         outcome = recorder.ended("killed", "interrupted; the same command resumes it")
-    except torch.OutOfMemoryError as error:
-        outcome = recorder.ended("failed", f"out of memory: {error}")
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        outcome = recorder.ended("failed", f"{OUT_OF_MEMORY}: {error}")
     except Exception as error:  # noqa: BLE001  the boundary of a run: any failure is a result, kept with its reason
         traceback.print_exc()
-        outcome = recorder.ended("failed", f"{type(error).__name__}: {error}")
+        # The CPU's allocator has no exception of its own.
+        is_memory = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        outcome = recorder.ended("failed", f"{OUT_OF_MEMORY if is_memory else type(error).__name__}: {error}")
     finally:
         recorder.close()
+        turns.close()
     if tracker is not None:
         outcome = replace(outcome, mlflow_run_id=tracker.run_id)
     write_outcome(folder, outcome)
@@ -117,6 +123,7 @@ def _train_and_measure(
     folder: Path,
     recorder: _Recorder,
     on_progress: OnProgress | None,
+    turns: Turns,
 ) -> RunOutcome:
     model = build_model(config, task.vocab_size)
     memory = PeakMemory(compute)
@@ -128,13 +135,14 @@ def _train_and_measure(
         checkpoint=folder / "checkpoint.pt",
         on_metrics=recorder.log,
         on_progress=on_progress,
+        turns=turns,
     )
     recorder.drop_after(trainer.resume())
     recorder.reached = lambda: (trainer.at.step, trainer.at.tokens, trainer.at.wall_s)
     result = trainer.run()
     if config.train.keep_checkpoint:
         trainer.save()
-    cost = _costs(config, model, task, compute, result, memory.bytes(), recorder.tracking_s)
+    cost = _costs(config, model, task, compute, result, memory.bytes(), recorder.tracking_s, turns)
     return RunOutcome(
         outcome="diverged" if result.outcome == "diverged" else "finished",
         reason=result.reason,
@@ -156,8 +164,9 @@ def _costs(
     result: TrainResult,
     peak_bytes: int,
     tracking_s: float,
+    turns: Turns,
 ) -> dict[str, float]:
-    cost = measure_cost(model, longest_report_sample(task, config.train.eval_batch_size), compute)
+    cost = measure_cost(model, longest_report_sample(task, config.train.eval_batch_size), compute, turns)
     cost["train_tokens_per_s"] = result.tokens_per_s
     cost["peak_bytes"] = float(peak_bytes)
     cost["train_s"] = result.wall_s

@@ -23,6 +23,7 @@ from experiments.evaluate import evaluate
 from experiments.optimizer import build_optimizer, lr_at, set_lr
 from experiments.progress import Interrupted, OnProgress, Progress
 from experiments.tasks.base import EVAL_SPLITS, IGNORE, Batch, Task
+from experiments.turns import Turns
 from mixers.base import detach_state, map_state, state_tensors
 
 # Metrics of one moment, to be recorded: step, tokens seen, wall-clock seconds of training, values by full name.
@@ -78,7 +79,9 @@ class Trainer:
         checkpoint: Path | None = None,
         on_metrics: OnMetrics | None = None,
         on_progress: OnProgress | None = None,
+        turns: Turns | None = None,
     ) -> None:
+        self.turns = turns or Turns()
         self.config, self.model, self.task, self.compute = config, model.to(compute.device), task, compute
         self.checkpoint = checkpoint
         self.on_metrics = on_metrics or (lambda *_: None)
@@ -131,13 +134,14 @@ class Trainer:
         saved_at = time.perf_counter()
         first_step = self.at.step
         while self.at.step < self.n_steps and not self.at.stopped:
-            started = time.perf_counter()
             self.in_step = True
-            batch = self._batch(self.at.step)
-            loss, grad_norm, aux = self._step(batch)
-            self.losses.append(loss)
-            self.compute.synchronize()
-            seconds = time.perf_counter() - started
+            with self.turns.shared():
+                started = time.perf_counter()
+                batch = self._batch(self.at.step)
+                loss, grad_norm, aux = self._step(batch)
+                self.losses.append(loss)
+                self.compute.synchronize()
+                seconds = time.perf_counter() - started
             self.at.step += 1
             self.at.tokens += batch.tokens.size
             self.at.wall_s += seconds
@@ -205,9 +209,10 @@ class Trainer:
         self.on_metrics(self.at.step, self.at.tokens, self.at.wall_s, values)
 
     def _evaluate(self, split: str) -> dict[str, float]:
-        return evaluate(
-            self.model, self.task, split, self.config.state, self.config.train.eval_batch_size, self.compute
-        )
+        with self.turns.shared():
+            return evaluate(
+                self.model, self.task, split, self.config.state, self.config.train.eval_batch_size, self.compute
+            )
 
     def _select(self) -> None:
         """Evaluate on select, log it, and decide whether to stop early."""

@@ -131,6 +131,14 @@ class Mixer(nn.Module, ABC):
         """
         return ()
 
+    def full_state_bytes(self, state: State) -> int:
+        """Bytes of a state of this mixer when whatever it leaves out because nothing changed it is counted too.
+
+        What comparisons count, and what ``state_growth`` and the scope are measured in. A state that stores only what
+        differs from the initial one overrides it: its memory is as large as it may become.
+        """
+        return state_bytes(state)
+
     def parameter_options(self) -> dict[str, ParameterOptions]:
         """Optimiser options of own parameters by name; unnamed ones get the trainer's rules."""
         return {}

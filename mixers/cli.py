@@ -118,7 +118,6 @@ def describe(name: str) -> dict[str, Any]:
     import torch
 
     from mixers import registry
-    from mixers.base import state_bytes
 
     cls = registry.get(name)
     mixer = registry.build(name, {"d_model": REFERENCE_WIDTH})
@@ -135,7 +134,7 @@ def describe(name: str) -> dict[str, Any]:
         "devices": list(cls.traits.devices),
         "impl": mixer.impl,
         "params": sum(parameter.numel() for parameter in mixer.parameters()),
-        "state_bytes": state_bytes(state),
+        "state_bytes": mixer.full_state_bytes(state),
         "reference": {"d_model": REFERENCE_WIDTH, "n_tokens": REFERENCE_TOKENS},
         "source": cls.source,
         "module": cls.__module__,

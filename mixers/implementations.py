@@ -22,8 +22,10 @@ def _missing(*packages: str) -> tuple[str, ...]:
 # Looked up once, without importing them: constants, so that torch.compile can trace through what reads them.
 FLA_MISSING = _missing("fla", "triton")
 FLASH_ATTN_MISSING = _missing("flash_attn")
+TRITON_MISSING = _missing("triton")
 FLA_INSTALL = "pip install 'flash-linear-attention>=0.6,<0.7' triton"
 FLASH_ATTN_INSTALL = "pip install 'mixlab[gpu]'"
+TRITON_INSTALL = "pip install triton"
 # With these versions of triton, one kernel of fla 0.6 gives wrong gradients on Hopper, and fla raises instead: that of
 # q, k and decay where a head has one decay for each token (chunk_bwd_dqkwg in fla/ops/common/chunk_o.py).
 TRITON_FAULT_FROM, TRITON_FAULT_BELOW = (3, 4, 0), (3, 7, 1)

@@ -45,7 +45,14 @@ def select(queries: Tensor, keys: Tensor, top_k: int, score: Score) -> Selection
     is proportional to 1 / ((1e-3 + d1)(1e-3 + d2))). ``dot``: s = <q_half, key>.
 
     The choice uses |q|^2 - 2<q,key> + |key|^2, which cancels for near keys; the chosen k are scored again from the
-    differences themselves, so scores are exact to rounding. Ties are broken as ``torch.topk`` breaks them.
+    differences themselves, so scores are exact to rounding.
+
+    Exact ties are broken as ``torch.topk`` breaks them: the same way every time, by no rule that another device or
+    implementation need follow (the Triton kernels take the lowest index). Whichever of the tied slots are taken, the
+    scores, and so the weights, are the same as a multiset; reads and gradients differ only as far as the tied slots'
+    rows do, and only the sum of the tied slots' gradients is determined. A write moves only those that were taken, so
+    later chunks may part. Two sub-keys whose coarse scores differ by less than their rounding, a few eps * |q| |key|,
+    may swap; what is chosen instead scores as well to that rounding.
     """
     n_memories, n_queries, n_heads, key_dim = queries.shape
     n_subkeys = keys.shape[3]

@@ -1,4 +1,4 @@
-"""``mixlab sweep plan | run | status``."""
+"""``mixlab sweep plan | run | status | cancel | retry``."""
 
 from __future__ import annotations
 
@@ -43,6 +43,16 @@ def plan_command(sweep_file: str, overrides: tuple[str, ...], as_json: bool, plu
 @click.argument("sweep_file", metavar="SWEEP")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--workers", type=int, metavar="N", help="Runs at a time; default: one per core, or per GPU.")
+@click.option("--gpus", metavar="0,1", help="GPUs to deal runs out to; default: all that are visible.")
+@click.option("--per-gpu", type=int, metavar="K", help="Runs at a time on each GPU; default: 1.")
+@click.option(
+    "--stall-after",
+    type=float,
+    default=1800.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="End a worker whose run reports nothing for so long, and try the run once more; 0: never.",
+)
 @click.option("--retry-failed", is_flag=True, help="Run failed runs again; else they stand as results.")
 @click.option("--no-tracking", is_flag=True, help="Write the records only, nothing to MLflow.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
@@ -53,6 +63,9 @@ def run_command(
     sweep_file: str,
     overrides: tuple[str, ...],
     workers: int | None,
+    gpus: str | None,
+    per_gpu: int | None,
+    stall_after: float,
     retry_failed: bool,
     no_tracking: bool,
     quiet: bool,
@@ -74,6 +87,9 @@ def run_command(
         runs_root(runs_dir),
         view_for(as_json=as_json, quiet=quiet),
         n_workers=workers,
+        gpus=None if gpus is None else tuple(name.strip() for name in gpus.split(",")),
+        per_gpu=per_gpu,
+        stall_s=stall_after,
         plugins=plugins,
         tracked=not no_tracking,
         retry_failed=retry_failed,
@@ -96,6 +112,25 @@ def status_command(sweep_file: str, as_json: bool, runs_dir: str | None) -> None
         click.echo(json.dumps(status.to_json(), indent=1))
     else:
         _print_status(status)
+
+
+@sweep.command("cancel")
+@click.argument("sweep_file", metavar="SWEEP")
+@click.option("--wait", type=float, default=15.0, show_default=True, metavar="SECONDS", help="How long to wait for it.")
+@runs_option
+def cancel_command(sweep_file: str, wait: float, runs_dir: str | None) -> None:
+    """End the running SWEEP (a name, or its TOML file) as Ctrl-C does: trainings save their state.
+
+    `mixlab sweep run` goes on with it later.
+    """
+    from experiments.paths import runs_root
+    from sweeps.cancel import cancel
+    from sweeps.status import saved_name
+
+    runs = runs_root(runs_dir)
+    name = saved_name(runs, sweep_file)
+    process = cancel(runs, name, wait)
+    click.echo(f"sweep {name}: process {process} has ended; mixlab sweep run goes on with it")
 
 
 def _load(sweep_file: str, overrides: tuple[str, ...], plugins: tuple[str, ...]) -> SweepConfig:

@@ -14,6 +14,7 @@ from types import FrameType
 from experiments.errors import UserError
 from experiments.records import (
     FINAL_OUTCOMES,
+    OUT_OF_MEMORY,
     RunOutcome,
     read_outcome,
     read_run,
@@ -23,13 +24,24 @@ from experiments.records import (
 )
 from sweeps.definition import SweepConfig
 from sweeps.events import Chosen, Note, RunEnded, RunProgress, RunRetried, RunStarted, SweepEnded, SweepStarted
-from sweeps.executor import TARGET, Ended, Executor, ExecutorEvent, Job, LocalExecutor, Lost, Reported, Started
+from sweeps.executor import (
+    STALL_PATIENCE_S,
+    TARGET,
+    Ended,
+    Executor,
+    ExecutorEvent,
+    Job,
+    LocalExecutor,
+    Lost,
+    Reported,
+    Started,
+)
 from sweeps.live import View
 from sweeps.lock import driver_lock
 from sweeps.mirror import SweepMirror, open_store
 from sweeps.plan import Plan, PlannedRun, plan
 from sweeps.progress import ArmCellProgress
-from sweeps.resources import resources_for
+from sweeps.resources import require_gpus, resources_for
 from sweeps.saved import SavedSweep, write_saved
 from sweeps.tuning import Tuning, open_journal
 
@@ -82,6 +94,9 @@ def run_sweep(
     view: View,
     *,
     n_workers: int | None = None,
+    gpus: tuple[str, ...] | None = None,
+    per_gpu: int | None = None,
+    stall_s: float = STALL_PATIENCE_S,
     plugins: tuple[str, ...] = (),
     tracked: bool = True,
     retry_failed: bool = False,
@@ -91,9 +106,13 @@ def run_sweep(
 
     Raises :class:`UserError` before anything is created when the plan is not sound, and when another driver runs it.
     """
-    if n_workers is not None and n_workers < 1:
-        raise UserError(f"--workers: at least 1 is needed, got {n_workers}")
+    for option, value in (("--workers", n_workers), ("--per-gpu", per_gpu)):
+        if value is not None and value < 1:
+            raise UserError(f"{option}: at least 1 is needed, got {value}")
+    if not stall_s >= 0:
+        raise UserError(f"--stall-after: seconds of silence, or 0 for no limit, got {stall_s:g}")
     planned = plan(sweep)
+    require_gpus(planned, n_workers, gpus, per_gpu)
     folder = runs / sweep.name
     if tracked:
         open_store(runs)  # before anything else is created: a store that can't be used leaves no trace of the sweep
@@ -103,10 +122,12 @@ def run_sweep(
             _reopen_failed(folder)
         stop = StopSignals()
         driver = Driver(planned, runs, view, stop, mirror)
-        resources = resources_for(planned, n_workers, n_runs=driver.n_missing)
+        resources = resources_for(planned, n_workers, driver.n_missing, gpus, per_gpu)
 
         def executor() -> Executor:
-            return LocalExecutor(folder, resources.n_workers, resources.n_threads, plugins, resources.gpus, target)
+            return LocalExecutor(
+                folder, resources.n_workers, resources.n_threads, plugins, resources.gpus, target, stall_s
+            )
 
         with stop.installed(), view:
             result = driver.run(executor, resources.n_workers)
@@ -127,6 +148,10 @@ class Driver:
     arm_cells: list[ArmCellProgress] = field(default_factory=list)
     running: dict[str, tuple[PlannedRun, ArmCellProgress]] = field(default_factory=dict)
     again: list[tuple[PlannedRun, ArmCellProgress]] = field(default_factory=list)
+    # Runs that had no memory beside others: each is tried once more, alone, when there is nothing else to start.
+    alone: list[tuple[PlannedRun, ArmCellProgress]] = field(default_factory=list)
+    lone_key: str | None = None
+    n_slots: int = 1
     attempts: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -155,6 +180,7 @@ class Driver:
 
     def run(self, make_executor: Callable[[], Executor], n_workers: int) -> SweepResult:
         started = time.monotonic()
+        self.n_slots = n_workers
         self._show_start(n_workers)
         if self.n_missing:
             executor = make_executor()
@@ -198,18 +224,24 @@ class Driver:
     def _loop(self, executor: Executor) -> None:
         while not self.stop.count:
             self._fill(executor)
-            if not self.running and not self.again and self.n_missing == 0:
+            if not self.running and not self.again and not self.alone and self.n_missing == 0:
                 return
             for event in executor.poll(POLL_S):
                 self._handle(event)
             self.view.tick()
 
     def _fill(self, executor: Executor) -> None:
-        while executor.n_free and (found := self._next()) is not None:
-            run, _ = found
-            self.running[run.key] = found
-            self.attempts[run.key] += 1
-            executor.submit(self._job(run))
+        while executor.n_free and self.lone_key is None and (found := self._next()) is not None:
+            self._submit(executor, *found)
+        if executor.n_free and self.alone and not self.running:
+            found = self.alone.pop(0)
+            self.lone_key = found[0].key
+            self._submit(executor, *found)
+
+    def _submit(self, executor: Executor, run: PlannedRun, arm_cell: ArmCellProgress) -> None:
+        self.running[run.key] = (run, arm_cell)
+        self.attempts[run.key] += 1
+        executor.submit(self._job(run))
 
     def _next(self) -> tuple[PlannedRun, ArmCellProgress] | None:
         """Arm-cells in order: an early one's replicates come before a late one's tuning."""
@@ -245,13 +277,22 @@ class Driver:
 
     def _end(self, run: PlannedRun, arm_cell: ArmCellProgress, event: Ended | Lost) -> None:
         del self.running[run.key]
+        was_alone = self.lone_key == run.key or self.n_slots == 1
+        self.lone_key = None if self.lone_key == run.key else self.lone_key
         outcome = self.final_outcome(run.key)
         if outcome is None and self.stop.count:
             return  # killed, with or without a checkpoint: the next start goes on with it
+        if outcome is not None and no_memory(outcome) and not was_alone and self.attempts[run.key] < MAX_ATTEMPTS:
+            reopen(run_folder(self.runs, run.identity.sweep, run.key), outcome)
+            self.alone.append((run, arm_cell))
+            reason = f"{outcome.reason}; it is tried once more, alone"
+            self.view.show(RunRetried(run.key, run.identity.arm, run.identity.cell, event.worker, reason))
+            return
         if outcome is None:
             reason = event.reason if isinstance(event, Lost) else "it ended without a result"
             if self.attempts[run.key] < MAX_ATTEMPTS:
-                self.again.append((run, arm_cell))
+                # The system may have killed it for want of memory: without neighbours it may have enough.
+                (self.again if was_alone else self.alone).append((run, arm_cell))
                 self.view.show(RunRetried(run.key, run.identity.arm, run.identity.cell, event.worker, reason))
                 return
             outcome = self._record_lost(run, reason)
@@ -360,6 +401,13 @@ def _reopen_failed(folder: Path) -> None:
     for path in sorted(folder.glob("*/outcome.json")):
         outcome = read_outcome(path.parent)
         if outcome is not None and outcome.outcome == "failed":
-            write_outcome(
-                path.parent, replace(outcome, outcome="killed", reason=f"tried again after: {outcome.reason}")
-            )
+            reopen(path.parent, outcome)
+
+
+def reopen(folder: Path, outcome: RunOutcome) -> None:
+    """Let a run be tried again."""
+    write_outcome(folder, replace(outcome, outcome="killed", reason=f"tried again after: {outcome.reason}"))
+
+
+def no_memory(outcome: RunOutcome) -> bool:
+    return outcome.outcome == "failed" and outcome.reason.startswith(OUT_OF_MEMORY)

@@ -12,6 +12,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import time
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ TARGET = "experiments.run:run_experiment"
 # Workers that die before they are ready are started again; so many in a row mean that none can start.
 MAX_FAILED_STARTS = 2
 EXIT_PATIENCE_S = 2.0
+# A training reports after every step; building, compiling and evaluating a large model may take minutes in silence.
+STALL_PATIENCE_S = 1800.0
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,11 @@ class _Worker:
     process: subprocess.Popen[bytes]
     events: int  # read end of its pipe
     log: Path
+    heard_at: float
     buffer: bytes = b""
     ready: bool = False
     leaving: bool = False
+    stuck: bool = False
     key: str | None = None
 
 
@@ -128,7 +133,8 @@ class LocalExecutor(Executor):
     """Persistent worker processes of this machine, in sessions of their own, that die with this one.
 
     Each imports torch once and then trains job after job; jobs go in as JSON lines on stdin, events come back as
-    JSON lines of less than 4 KB on a pipe. A worker that goes away is replaced. ``gpus`` are dealt out in turn.
+    JSON lines of less than 4 KB on a pipe. A worker that goes away is replaced, and so is one that holds a job and
+    says nothing for ``patience_s``, 0: however long. ``gpus`` are dealt out in turn.
     """
 
     folder: Path
@@ -137,6 +143,7 @@ class LocalExecutor(Executor):
     plugins: tuple[str, ...] = ()
     gpus: tuple[str, ...] = ()
     target: str = TARGET
+    patience_s: float = STALL_PATIENCE_S
     _workers: dict[int, _Worker] = field(default_factory=dict)
     _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     _failed_starts: int = 0
@@ -161,6 +168,7 @@ class LocalExecutor(Executor):
     def submit(self, job: Job) -> None:
         worker = next(worker for worker in self._workers.values() if _is_free(worker))
         worker.key = job.key
+        worker.heard_at = time.monotonic()
         line = json.dumps(asdict(job), allow_nan=False).encode() + b"\n"
         with contextlib.suppress(BrokenPipeError):  # it has just gone away: the end of its event pipe will say so
             worker.process.stdin.write(line)
@@ -170,6 +178,7 @@ class LocalExecutor(Executor):
         found: list[ExecutorEvent] = []
         for ready, _ in self._selector.select(timeout_s):
             found.extend(self._read(ready.data))
+        self._end_stuck()
         return found
 
     def interrupt(self) -> None:
@@ -189,6 +198,14 @@ class LocalExecutor(Executor):
         self._workers.clear()
         self._selector.close()
 
+    def _end_stuck(self) -> None:
+        """Kill workers that hold a job and are silent; the end of their pipe says that the job is lost."""
+        now = time.monotonic()
+        for worker in self._workers.values():
+            if self.patience_s and worker.key is not None and now - worker.heard_at > self.patience_s:
+                worker.stuck = True
+                worker.process.kill()
+
     def _start(self, number: int) -> None:
         reading, writing = os.pipe()
         log = self.folder / f".worker-{number}.log"
@@ -206,7 +223,7 @@ class LocalExecutor(Executor):
                 start_new_session=True,  # Ctrl-C in the terminal reaches the driver alone
             )
         os.close(writing)
-        self._workers[number] = _Worker(process, reading, log)
+        self._workers[number] = _Worker(process, reading, log, time.monotonic())
         self._selector.register(reading, selectors.EVENT_READ, number)
 
     def _environment(self, number: int) -> dict[str, str]:
@@ -222,6 +239,7 @@ class LocalExecutor(Executor):
         chunk = os.read(worker.events, 1 << 16)
         if not chunk:
             return self._gone(number)
+        worker.heard_at = time.monotonic()
         *lines, worker.buffer = (worker.buffer + chunk).split(b"\n")
         return [event for line in lines if (event := self._event(number, json.loads(line))) is not None]
 
@@ -257,7 +275,12 @@ class LocalExecutor(Executor):
                 raise UserError(f"workers can't start: {_last_line(worker.log)} (see {worker.log})")
         if not self._interrupted:
             self._start(number)
-        return [] if worker.key is None else [Lost(worker.key, number, _exit_reason(worker.process.returncode))]
+        if worker.key is None:
+            return []
+        reason = (
+            f"no sign of life for {self.patience_s:g} s" if worker.stuck else _exit_reason(worker.process.returncode)
+        )
+        return [Lost(worker.key, number, reason)]
 
 
 def _is_free(worker: _Worker) -> bool:

@@ -50,6 +50,17 @@ def driver_runs(folder: Path) -> bool:
         return False
 
 
+def driver_process(folder: Path) -> tuple[int, str] | None:
+    """Process number and host of the driver that holds the sweep's lock now, None without one."""
+    if not driver_runs(folder):
+        return None
+    try:
+        holder = json.loads((folder / LOCK_FILE).read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        return None
+    return holder["pid"], holder["host"]
+
+
 def _try(descriptor: int, how: int) -> bool:
     try:
         fcntl.flock(descriptor, how | fcntl.LOCK_NB)

@@ -27,6 +27,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from experiments.config import ExperimentConfig
+from experiments.errors import UserError
 from experiments.progress import Interrupted, Progress
 from experiments.records import (
     RunIdentity,
@@ -34,6 +35,7 @@ from experiments.records import (
     read_json,
     read_outcome,
     run_folder,
+    write_attempt,
     write_identity,
     write_outcome,
 )
@@ -157,9 +159,11 @@ def run_job(
 
     with output_to(folder / "log.txt"):
         pipe.send("started")
+        write_attempt(folder)
         try:
             config = ExperimentConfig.parse(job["config"], f"job {identity.key}")
-            assert config.key() == identity.key, "a config must come back from JSON as it was"
+            if config.key() != identity.key:
+                raise UserError("the code of a mixer has changed since the sweep was started; start it again")
             tracking = _tracking(job["tracking"])
             with interrupt.around_training():
                 target(config, identity, runs, tracking=tracking, on_progress=on_progress)

@@ -14,7 +14,7 @@ WINDOW_TOKENS = 64
 
 
 def state_growth(subject: Subject) -> None:
-    """State bytes grow with T as declared.
+    """State bytes grow with T as declared, and what is stored never exceeds them.
 
     ``constant``: equal at all T, or at all T of equal distance from the last whole chunk where there is
     ``chunk_size``. ``linear``: by the same amount for each chunk or token. ``window``: up to a bound.
@@ -83,7 +83,13 @@ def state_storage(subject: Subject) -> None:
 
 
 def _bytes(subject: Subject, mixer: Mixer, n_sequences: int, n_tokens: int) -> int:
+    """The state's size by the mixer's ``full_state_bytes``. What it holds in floating point must be part of that."""
     with torch.no_grad():
-        return state_bytes(
-            mixer(subject.tokens(mixer, n_sequences, n_tokens, subject.storage_dtype), return_state=True).state
+        state = mixer(subject.tokens(mixer, n_sequences, n_tokens, subject.storage_dtype), return_state=True).state
+    counted = mixer.full_state_bytes(state)
+    stored = state_bytes([part for part in state_tensors(state) if part.is_floating_point()])
+    if stored > counted:
+        raise ContractError(
+            f"full_state_bytes counts {counted:,} bytes of a state that stores {stored:,}", position=f"T={n_tokens}"
         )
+    return counted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -9,15 +10,19 @@ import torch
 from torch import Tensor
 
 from mixers.errors import UserError
+from mixers.fwpkm.choose import sparse_is_faster
 from mixers.fwpkm.reference import ChunkOptions, write_chunks
 from mixers.fwpkm.sparse import SparseOutput, why_not_sparse, write_chunks_sparsely
 from mixers.fwpkm.touched_rows import overlay
+from mixers.implementations import TRITON_INSTALL, TRITON_MISSING
 from mixers.product_keys import Score
 
 Scope = Literal["sequence", "shared"]
 UpdateScale = Literal["paper", "released"]
-IMPLEMENTATIONS = ("auto", "reference", "sparse")
-LARGE_TABLE = 16
+IMPLEMENTATIONS = ("auto", "reference", "sparse", "triton")
+# The Triton kernels work on a copy of the whole table for each memory. In scope ``sequence`` that is one for each
+# sequence, so above this size of a table ``auto`` takes the form that copies only the rows that are read.
+LARGEST_COPIED_TABLE_BYTES = 32 * 2**20
 
 
 class FastWeightOutput(NamedTuple):
@@ -81,14 +86,16 @@ def fast_weight_pkm(
         mask: (B,T) bool or 0/1; False keeps pair (t, t+L) from being written. It does not change reads, counts or
             the addressing loss.
         scope: ``sequence``, one memory per sequence; ``shared``, all sequences read and write one.
-        impl: ``reference``; ``sparse``, the same without passes over the table, for no weight_decay; or ``auto``.
+        impl: ``reference``; ``sparse``, the same without passes over the table, for no weight_decay; ``triton``,
+            kernels for CUDA in float32; or ``auto``, see :func:`choose_impl`.
 
     Gradients flow into q, v, gate, keys and values through every write of the call; the choice of slots is constant.
     ``value_loss`` and ``address_loss`` are means over the call's pairs and chunks; they are for logging and belong
     to the writes: add neither to a training loss.
 
     Raises:
-        UserError: for shapes, types or options that don't fit, naming the argument and its value.
+        UserError: for shapes, types or options that don't fit, naming the argument and its value; and when the
+            implementation asked for can't run here.
 
     Differences from the released code: the write's scale is the paper's by default; scope ``sequence`` exists; and
     results do not depend on how a sequence is cut into calls at chunk boundaries.
@@ -110,7 +117,9 @@ def fast_weight_pkm(
     n_sequences, n_tokens, n_heads, _ = q.shape
     # A memory is used by R sequences: all of them (shared), or one each (sequence).
     n_memories = n_sequences if scope == "sequence" else 1
-    resolved = resolve_impl(impl, options, values.shape[-2], n_heads)
+    resolved = choose_impl(
+        impl, options, values.shape[-2:], scope=scope, device=q.device, dtype=q.dtype, place="fast_weight_pkm"
+    )
     if resolved == "sparse":
         return _sparse(q, v, gate, keys, values, mask, n_memories, scope, options)
 
@@ -121,7 +130,11 @@ def fast_weight_pkm(
     def per_memory(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.reshape(n_memories, n_sequences // n_memories, *tensor.shape[1:])
 
-    out = write_chunks(per_memory(q), per_memory(v), per_memory(gate), keys, values, per_memory(mask), options)
+    if resolved == "triton":
+        from mixers.fwpkm.triton_chunks import write_chunks as write
+    else:
+        write = write_chunks
+    out = write(per_memory(q), per_memory(v), per_memory(gate), keys, values, per_memory(mask), options)
     shape = (n_sequences, n_tokens)
     new_keys, new_values = (out.keys, out.values) if scope == "sequence" else (out.keys[0], out.values[0])
     return FastWeightOutput(
@@ -210,17 +223,67 @@ def empty_rows(base: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty(0, dtype=torch.int64, device=base.device), base.new_empty(0, base.shape[-1])
 
 
-def resolve_impl(impl: str, options: ChunkOptions, n_slots: int, n_heads: int) -> str:
+def choose_impl(
+    impl: str,
+    options: ChunkOptions,
+    table_shape: tuple[int, int],
+    *,
+    scope: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    place: str,
+) -> str:
+    """The implementation that runs for ``impl`` on ``device``: ``reference``, ``sparse`` or ``triton``.
+
+    ``auto`` on CUDA: ``triton`` where it has kernels for the options, sizes and dtype, unless scope ``sequence`` would
+    copy a table (N,V) of more than 32 MiB for every sequence; else ``sparse`` where the options have that form; else
+    ``reference``. Elsewhere it goes by :func:`resolve_impl`. It depends neither on B nor on T.
+
+    Raises:
+        UserError: an unknown name; or ``triton`` without its package or a kernel, naming ``place`` and the reason.
+    """
+    require_impl(impl)
+    n_slots, value_dim = table_shape
+    if impl == "triton":
+        why = _why_not_triton(options, math.isqrt(n_slots), value_dim, device, dtype)
+        if why:
+            raise UserError(
+                f"{place}: impl='triton' can't run here: {why}; or use impl='auto', 'sparse' or 'reference'"
+            )
+        return "triton"
+    if impl != "auto" or device.type != "cuda":
+        return resolve_impl(impl, options, n_slots)
+    is_copied = scope == "sequence" and n_slots * value_dim * dtype.itemsize > LARGEST_COPIED_TABLE_BYTES
+    if not is_copied and not _why_not_triton(options, math.isqrt(n_slots), value_dim, device, dtype):
+        return "triton"
+    return "reference" if why_not_sparse(options) else "sparse"
+
+
+@torch.compiler.disable
+def _why_not_triton(
+    options: ChunkOptions, n_subkeys: int, value_dim: int, device: torch.device, dtype: torch.dtype
+) -> str:
+    """Why the Triton kernels can't run, and the way out; empty when they can."""
+    if TRITON_MISSING:
+        return f"the package triton is not installed; on Linux with an NVIDIA GPU: {TRITON_INSTALL}"
+    # Not at the top: triton is optional, and slow to import.
+    from mixers.fwpkm.triton_chunks import unsupported
+
+    shape_of = torch.empty(0, value_dim, dtype=dtype, device=device)
+    why = unsupported(shape_of, shape_of, n_subkeys, options)
+    return why and f"no kernel for {why}"
+
+
+def resolve_impl(impl: str, options: ChunkOptions, n_slots: int) -> str:
     """The implementation that ``impl`` stands for with these options and sizes: ``reference`` or ``sparse``.
 
-    ``auto`` takes ``sparse`` where the options have a sparse form and the table holds at least 16 times the slots that
-    a sequence accesses in a chunk, so that passes over the table outweigh the accesses. The 16 is not yet measured.
+    ``auto`` takes ``sparse`` where the options have a sparse form and the table is large enough for it to be faster:
+    see :func:`mixers.fwpkm.choose.sparse_is_faster`.
     """
     require_impl(impl)
     if impl != "auto":
         return impl
-    is_large = n_slots >= LARGE_TABLE * options.chunk_size * n_heads * options.top_k
-    return "sparse" if is_large and not why_not_sparse(options) else "reference"
+    return "sparse" if sparse_is_faster(n_slots) and not why_not_sparse(options) else "reference"
 
 
 def require_impl(impl: str) -> None:

@@ -8,9 +8,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mixers.base import Mixer, MixerConfig, MixerOutput, ParameterOptions, Traits
-from mixers.fwpkm.functional import FastWeightOutput, fast_weight_pkm, resolve_impl
+from mixers.base import Mixer, MixerConfig, MixerOutput, ParameterOptions, Traits, state_bytes
+from mixers.fwpkm.functional import FastWeightOutput, choose_impl, empty_rows, fast_weight_pkm
 from mixers.fwpkm.reference import ChunkOptions
+from mixers.fwpkm.sparse import write_chunks_sparsely
+from mixers.fwpkm.touched_rows import in_code_order, overlay
 from mixers.masking import zero_padding
 from mixers.norms import RMSNorm
 from mixers.product_keys import read, select
@@ -43,7 +45,7 @@ class FastWeightPKMConfig(MixerConfig):
     gate_weighting: bool = Field(True, description="the gate also weights what is written")
     gate_outputs: int = Field(1, gt=0, description="outputs of the gate projection, averaged before the sigmoid")
     z_score: bool = Field(True, description="standardise every value over its width")
-    impl: Literal["auto", "reference", "sparse"] = "auto"
+    impl: Literal["auto", "reference", "sparse", "triton"] = "auto"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -64,12 +66,18 @@ class FastWeightPKMConfig(MixerConfig):
 class FastWeightState(NamedTuple):
     """The memory and the tokens that wait for their chunk to fill. M is B (scope ``sequence``) or 1 (``shared``).
 
-    keys (M,H,2,n,K/2), values (M,N,V): as written by all completed chunks.
+    keys (M,H,2,n,K/2): as written by all completed chunks.
+    The values, as written by them, are a table and the rows that differ from it. values: the table, (1 or M,N,V), or
+    None: the layer's own frozen ``values``, which then cost the state nothing. codes (U,) int64 ascending, rows (U,V):
+    memory m differs from the table at its slot u by the row of code m * N + u; U = 0 where whole tables are kept.
+    FastWeightPKM.tables puts them together.
     q (B,W,H,K), v (B,W,V), gate and mask (B,W) or None: the W < C tokens of the unfinished chunk.
     """
 
     keys: Tensor
-    values: Tensor
+    values: Tensor | None
+    codes: Tensor
+    rows: Tensor
     q: Tensor
     v: Tensor
     gate: Tensor | None
@@ -90,6 +98,11 @@ class FastWeightPKM(Mixer):
     adds y to x without another norm. State: keys and values (float32 or wider) and the queue of the unfinished
     chunk; outputs do not depend on how the input is cut into calls. A token's value is written ``lookahead`` tokens
     back, to the slots that the earlier token reads: with 1, "what follows this" is what a later read finds.
+
+    ``impl=sparse`` keeps of the values only the rows that were written, so a state is as large as what was written, at
+    most the whole memory, and a token inside a chunk costs the same at every N and U rows. A call that completes a
+    chunk copies the U rows. The size that counts in comparisons (``full_state_bytes``) is that of the whole memory,
+    with every implementation.
 
     ``initial_memory``: ``frozen``, drawn once and never trained, as released; ``learned``, trained with the model.
     Masked tokens count as zeros, never enter a pair (t, t+L), and their y is zero; they still count as accesses. As
@@ -158,7 +171,22 @@ class FastWeightPKM(Mixer):
     @property
     def impl(self) -> str:
         c = self.config
-        return resolve_impl(c.impl, self._options(), c.n_subkeys**2, c.n_heads)
+        return choose_impl(
+            c.impl,
+            self._options(),
+            self.values.shape,
+            scope=c.scope,
+            device=self.values.device,
+            dtype=torch.promote_types(self.values.dtype, torch.float32),
+            place="mixer 'fwpkm'",
+        )
+
+    @property
+    def _keeps_rows(self) -> bool:
+        """Whether states hold the written rows: the layer's own sparse form. A variant's ``write`` gets tables."""
+        cls = type(self)
+        is_own = cls.write is FastWeightPKM.write and cls.read_memory is FastWeightPKM.read_memory
+        return is_own and self.impl == "sparse"
 
     @property
     def state_scope(self) -> str:
@@ -171,19 +199,53 @@ class FastWeightPKM(Mixer):
 
     def initial_state(self, batch_size: int, *, device: torch.device | str, dtype: torch.dtype) -> FastWeightState:
         """The initial memory for everyone and an empty queue. The memory never is narrower than float32."""
+        return self._start(batch_size, device, dtype, outlives_call=True)
+
+    def _start(
+        self, batch_size: int, device: torch.device | str, dtype: torch.dtype, *, outlives_call: bool
+    ) -> FastWeightState:
+        """The initial state. One that outlives the call keeps a copy of what the optimiser would change."""
         c = self.config
         dtype = torch.promote_types(dtype, torch.float32)
         n_memories = batch_size if c.scope == "sequence" else 1
-        keys, values = (table.to(device=device, dtype=dtype) for table in (self.keys, self.values))
-        queue = keys.new_zeros(batch_size, 0, c.n_heads, self.key_dim)
+        keys, values = self.keys.to(device=device, dtype=dtype), None
+        if outlives_call:
+            if c.initial_memory == "learned":
+                keys, values = keys.clone(), self.values.to(device=device, dtype=dtype, copy=True)[None]
+            elif not self._keeps_rows:
+                values = self.values.to(device=device, dtype=dtype)[None]
+            if values is not None and not self._keeps_rows:
+                values = values.expand(n_memories, -1, -1)
+        codes, rows = empty_rows(keys.new_empty(0, self.value_dim))
         return FastWeightState(
             keys.expand(n_memories, *keys.shape),
-            values.expand(n_memories, *values.shape),
-            queue,
+            values,
+            codes,
+            rows,
+            keys.new_zeros(batch_size, 0, c.n_heads, self.key_dim),
             keys.new_zeros(batch_size, 0, self.value_dim),
             keys.new_zeros(batch_size, 0) if c.gate_weighting else None,
             None,
         )
+
+    def tables(self, state: FastWeightState) -> tuple[Tensor, Tensor]:
+        """The memory of a state, whole: keys (M,H,2,n,K/2) and values (M,N,V). Copies M tables if rows differ."""
+        return state.keys, overlay(self._table(state), state.codes, state.rows, state.keys.shape[0])
+
+    def _table(self, state: FastWeightState) -> Tensor:
+        """(1 or M,N,V): what the rows of a state differ from."""
+        return self.values.to(state.keys)[None] if state.values is None else state.values
+
+    def full_state_bytes(self, state: FastWeightState) -> int:
+        """Keys, M whole tables of values, and the queue: the rows not written are part of the memory too.
+
+        With ``initial_memory=learned``, ``sparse`` stores beside the rows the table as it was: one table more.
+        """
+        n_tables = state.keys.shape[0]
+        if self._keeps_rows and state.values is not None:
+            n_tables += state.values.shape[0]
+        table_bytes = n_tables * self.values.numel() * state.keys.element_size()
+        return table_bytes + state_bytes(state._replace(values=None, codes=None, rows=None))
 
     def forward(
         self, x: Tensor, state: FastWeightState | None = None, *, return_state: bool = False, mask: Tensor | None = None
@@ -192,7 +254,7 @@ class FastWeightPKM(Mixer):
         n_sequences, n_tokens, _ = x.shape
         x = zero_padding(x, mask)
         if state is None:
-            state = self.initial_state(n_sequences, device=x.device, dtype=x.dtype)
+            state = self._start(n_sequences, x.device, x.dtype, outlives_call=return_state)
 
         q = self.q_proj(self.q_norm(x)).view(n_sequences, n_tokens, c.n_heads, self.key_dim)
         v = self.v_proj(self.v_norm(x))
@@ -203,7 +265,7 @@ class FastWeightPKM(Mixer):
             gate = torch.sigmoid(self.gate_proj(self.gate_norm(x)).mean(-1))
 
         with torch.autocast(x.device.type, enabled=False):
-            memory_dtype = state.values.dtype
+            memory_dtype = state.keys.dtype
             write_gate = gate.to(memory_dtype) if c.gate_weighting else None
             rows, slots, state, losses = self._memory(
                 q.to(memory_dtype), v.to(memory_dtype), write_gate, mask, state, return_state
@@ -242,10 +304,67 @@ class FastWeightPKM(Mixer):
         # Nothing reads a write of the call's last chunk, unless the state goes on.
         n_written = n_full if return_state or n_full < n_waiting + n_new else n_full - c.chunk_size
         n_written = max(n_written, 0)
-        keys, values = state.keys, state.values
-        rows, slots, losses = [], [], {}
         pairs = None if mask is None else _pair_mask(mask, c.lookahead)
-        n_each = c.chunk_size if self.one_chunk_per_write else max(n_written, 1)
+        advance = self._advance_rows if self._keeps_rows else self._advance_tables
+        read, slots, state, losses = advance(q, v, gate, pairs, state, n_waiting, n_written)
+
+        def waiting(x: Tensor | None) -> Tensor | None:
+            # Copies: views would keep all of the call's projections alive as long as the state.
+            is_joined = n_waiting > 0 and n_full == 0
+            return x if x is None or is_joined else x[:, n_full:].clone()
+
+        state = state._replace(q=waiting(q), v=waiting(v), gate=waiting(gate), mask=waiting(mask))
+        return read, slots, state, losses
+
+    def _advance_rows(
+        self,
+        q: Tensor,
+        v: Tensor,
+        gate: Tensor | None,
+        pairs: Tensor | None,
+        state: FastWeightState,
+        n_waiting: int,
+        n_written: int,
+    ) -> tuple[Tensor, Tensor, FastWeightState, dict[str, Tensor]]:
+        """Read all but the first ``n_waiting`` tokens, write the first ``n_written``, on the rows that they touch."""
+        # The queue was read when it came; it takes part again only in a chunk that is written.
+        first = 0 if n_written else n_waiting
+        tokens = slice(first, None)
+        out = write_chunks_sparsely(
+            q[:, tokens],
+            v[:, tokens],
+            None if gate is None else gate[:, tokens],
+            state.keys,
+            self._table(state),
+            state.codes,
+            state.rows,
+            None if pairs is None else pairs[:, tokens],
+            n_written,
+            self._options(),
+        )
+        losses = {}
+        if n_written:
+            codes, rows = in_code_order(out.codes, out.rows)
+            state = state._replace(keys=out.keys, codes=codes, rows=rows)
+            losses = {"value_loss": out.value_loss, "address_loss": out.address_loss}
+        new = slice(n_waiting - first, None)
+        slots = out.slots[:, new].unflatten(-1, (self.config.n_heads, self.config.top_k))
+        return out.read[:, new], slots, state, losses
+
+    def _advance_tables(
+        self,
+        q: Tensor,
+        v: Tensor,
+        gate: Tensor | None,
+        pairs: Tensor | None,
+        state: FastWeightState,
+        n_waiting: int,
+        n_written: int,
+    ) -> tuple[Tensor, Tensor, FastWeightState, dict[str, Tensor]]:
+        """The same on whole tables, through ``write`` and ``read_memory``."""
+        keys, values = self.tables(state)
+        rows, slots, losses = [], [], {}
+        n_each = self.config.chunk_size if self.one_chunk_per_write else max(n_written, 1)
         for start in range(0, n_written, n_each):
             part = slice(start, start + n_each)
             out = self.write(
@@ -268,16 +387,9 @@ class FastWeightPKM(Mixer):
             tail_rows, tail_slots = self.read_memory(q[:, first_unread:], keys, values)
             rows.append(tail_rows)
             slots.append(tail_slots)
-        new_state = FastWeightState(
-            keys,
-            values,
-            # Copies: views would keep all of the call's projections alive as long as the state.
-            q[:, n_full:].clone(),
-            v[:, n_full:].clone(),
-            None if gate is None else gate[:, n_full:].clone(),
-            None if mask is None else mask[:, n_full:].clone(),
-        )
-        return torch.cat(rows, dim=1), torch.cat(slots, dim=1), new_state, losses
+        codes, no_rows = empty_rows(values)
+        state = state._replace(keys=keys, values=values, codes=codes, rows=no_rows)
+        return torch.cat(rows, dim=1), torch.cat(slots, dim=1), state, losses
 
     def write(
         self, q: Tensor, v: Tensor, gate: Tensor | None, keys: Tensor, values: Tensor, mask: Tensor | None
@@ -367,15 +479,17 @@ def _slot_use(slots: Tensor, n_slots: int) -> dict[str, Tensor]:
     coverage: share of all slots that a sequence reads at least once. collisions: share of its reads that go to a slot
     which it read before. kl_uniform: KL divergence of its reads' distribution from uniform over the slots, in nats.
     """
-    n_sequences = slots.shape[0]
-    flat = slots.reshape(n_sequences, -1)
-    counts = torch.zeros(n_sequences, n_slots, device=slots.device).scatter_add_(
-        1, flat, torch.ones(flat.shape, device=slots.device)
-    )
-    distinct = (counts > 0).sum(1).float()
-    share = counts / flat.shape[1]
+    in_order = slots.flatten(1).sort(1).values
+    n_reads = in_order.shape[1]
+    # By runs of equal slots, not by a histogram: one token's reads must not cost a pass over all N.
+    is_first = torch.ones_like(in_order, dtype=torch.bool)
+    is_first[:, 1:] = in_order[:, 1:] != in_order[:, :-1]
+    run = is_first.cumsum(1) - 1
+    counts = torch.zeros_like(in_order).scatter_add_(1, run, torch.ones_like(in_order)).gather(1, run)
+    distinct = is_first.sum(1).float()
     return {
         "slot_coverage": (distinct / n_slots).mean(),
-        "slot_collisions": (1 - distinct / flat.shape[1]).mean(),
-        "slot_kl_uniform": (torch.xlogy(share, share * n_slots)).sum(1).mean(),
+        "slot_collisions": (1 - distinct / n_reads).mean(),
+        # sum_u p_u log(p_u N), with p_u the share of slot u: the mean of log(p N) over the reads.
+        "slot_kl_uniform": torch.log(counts.float() * (n_slots / n_reads)).mean(),
     }

@@ -31,10 +31,10 @@ from mixers.fwpkm.sparse_keys import (
 )
 from mixers.fwpkm.sparse_rows import Accesses, gather_dot, gather_sum, group_accesses, segment_sum
 from mixers.fwpkm.sparse_values import (
+    row_changes,
+    row_changes_backward,
     value_loss_on_pairs,
     value_loss_on_pairs_backward,
-    write_rows,
-    write_rows_backward,
 )
 from mixers.fwpkm.touched_rows import TouchedRows, UntouchedRows, base_rows
 
@@ -140,11 +140,15 @@ class _SparseChunks(torch.autograd.Function):
             at, differences = address(queries, keys, options)
             accesses = group_accesses((at.slots + memory_offsets).flatten(0, 1))
             places = table.find(accesses.rows)
-            before = table.take(places)
-            on_tokens = gather_sum(before, accesses.index, at.weights.flatten(0, 1))
+            a = at.weights.flatten(0, 1)
+            if isinstance(table, UntouchedRows) or keep or options.value_loss_to_keys:
+                before = table.take(places)
+                on_tokens = gather_sum(before, accesses.index, a)
+            else:
+                on_tokens = gather_sum(table.table, places[accesses.index], a)
             call.per_memory(read)[:, :, part] = call.rows_of(on_tokens, part)
             slots.append(call.rows_of(at.slots.flatten(0, 1), part))
-            weights.append(call.rows_of(at.weights.flatten(0, 1), part))
+            weights.append(call.rows_of(a, part))
             if keep:
                 chunks.append(_Chunk(keys, places, before, accesses, at))
             if not is_written:
@@ -153,15 +157,10 @@ class _SparseChunks(torch.autograd.Function):
             squared_error = squared_error + chunk_error
             on_half = None
             if options.value_loss_to_keys:
-                on_pairs = value_loss_on_pairs(
-                    before, error * call.loss_scale(part), at.weights.flatten(0, 1), accesses, options.temperature
-                )
+                on_pairs = value_loss_on_pairs(before, error * call.loss_scale(part), a, accesses, options.temperature)
                 on_half = pairs_to_halves(on_pairs.view(at.weights.shape), at.pairs)
             scale = call.row_scale(accesses, part, n_slots)
-            table.put(
-                places,
-                write_rows(before, error, at.weights.flatten(0, 1), scale, accesses, options.lr, options.clip),
-            )
+            table.add(places, row_changes(error, a, scale, accesses, options.lr, options.clip))
             new_keys, chunk_entropy = key_step(queries, keys, at, differences, on_half, options)
             neg_entropy = neg_entropy + chunk_entropy
             if call.keys_move:
@@ -214,16 +213,17 @@ class _SparseChunks(torch.autograd.Function):
         for (part, is_written), chunk in zip(reversed(call.parts), reversed(chunks), strict=True):
             queries, at, accesses = call.queries(part), chunk.at, chunk.accesses
             a = at.weights.flatten(0, 1)
-            d_after = d_table.index_select(0, chunk.places)
             d_a = torch.zeros_like(a) if d_weights is None else call.tokens(d_weights, part).clone()
             d_on_tokens = v.new_zeros(a.shape[0], v.shape[-1]) if d_read is None else call.tokens(d_read, part)
             differences = half_differences(queries, chunk.keys, at.half_indices, options.score)
-            step, d_before = None, d_after
+            step, on_before = None, None
             if is_written:
                 on_tokens = call.tokens(read, part)
                 error, _ = call.error(on_tokens, part)
                 scale = call.row_scale(accesses, part, base_shape[1])
-                d_error, d_a_write = write_rows_backward(d_after, error, a, scale, accesses, options.lr, options.clip)
+                d_error, d_a_write = row_changes_backward(
+                    d_table, chunk.places, error, a, scale, accesses, options.lr, options.clip
+                )
                 d_a += d_a_write
                 if d_keys is not None and call.keys_move:
                     on_half = None
@@ -234,10 +234,9 @@ class _SparseChunks(torch.autograd.Function):
                     step = key_step_backward(queries, chunk.keys, at, differences, on_half, d_keys, options)
                     if options.value_loss_to_keys:
                         d_pairs = halves_to_pairs(step.on_half, at.pairs).flatten(0, 1)
-                        more, d_error_mean, d_a_loss = value_loss_on_pairs_backward(
+                        on_before, d_error_mean, d_a_loss = value_loss_on_pairs_backward(
                             d_pairs, chunk.before, error_mean, a, accesses, options.temperature
                         )
-                        d_before = d_before + more
                         d_error = d_error + d_error_mean * call.loss_scale(part)
                         d_a += d_a_loss
                 d_difference, d_pair_gate = call.error_backward(d_error, on_tokens, part)
@@ -246,8 +245,9 @@ class _SparseChunks(torch.autograd.Function):
                 if d_gate is not None:
                     call.per_memory(d_gate)[:, :, part] += call.rows_of(d_pair_gate, part)
             d_a += gather_dot(chunk.before, accesses.index, d_on_tokens)
-            d_before = d_before + segment_sum(d_on_tokens, a, accesses.order, accesses.starts)
-            d_table.index_copy_(0, chunk.places, d_before)
+            # What comes through the rows after the chunk stays: they are the rows before it and a change.
+            through_read = segment_sum(d_on_tokens, a, accesses.order, accesses.starts)
+            d_table.index_add_(0, chunk.places, through_read if on_before is None else through_read.add_(on_before))
             d_queries, d_chunk_keys = address_backward(
                 queries, chunk.keys, at, differences, step, d_a.view(at.weights.shape), options
             )

@@ -51,14 +51,15 @@ class StepGradients(NamedTuple):
 def address(q: Tensor, keys: Tensor, options: ChunkOptions) -> tuple[Addresses, Tensor]:
     """Addresses of q (M,S,H,K) in keys (M,H,2,n,K/2), and their differences.
 
-    The same expressions in the same order as :func:`mixers.product_keys.select`, so that both choose alike: near-ties
-    fall as they do there, and ties as ``torch.topk`` breaks them.
+    The choice is that of :func:`mixers.product_keys.select`: halves by the same coarse scores, ties as ``torch.topk``
+    breaks them. Distances come from the differences as there, but by one fused norm instead of a square and a sum,
+    which made a third of the addressing's time; sums of scores that are equal to the last bits may rank otherwise.
     """
     halves = q.unflatten(-1, (2, -1))
     half_indices = best_halves(halves, keys, options.top_k, options.score)
     differences = half_differences(q, keys, half_indices, options.score)
     if options.score == "idw":
-        half_distances = differences.square().sum(-1)
+        half_distances = torch.linalg.vector_norm(differences, dim=-1).square_()
         half_scores = -torch.log(IDW_EPS + half_distances)
     else:
         half_distances = None

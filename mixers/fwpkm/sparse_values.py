@@ -11,29 +11,37 @@ from mixers.fwpkm.sparse_keys import softmax_backward
 from mixers.fwpkm.sparse_rows import Accesses, gather_dot, gather_sum, segment_sum
 
 
-def write_rows(
-    before: Tensor, error: Tensor, weights: Tensor, scale: Tensor, accesses: Accesses, lr: float, clip: bool
-) -> Tensor:
-    """before_u - lr * scale_u * sum_{(t,j) -> u} weights_tj * error_t: the rows (U,V) after the chunk.
+def row_changes(error: Tensor, weights: Tensor, scale: Tensor, accesses: Accesses, lr: float, clip: bool) -> Tensor:
+    """-lr * scale_u * sum_{(t,j) -> u} weights_tj * error_t: what a chunk adds to the rows (U,V).
 
-    before (U,V); error (S,V), zero for tokens that write nothing; weights (S,J); scale (U,), 1/cnt included.
-    clip: the gradient's entries to +-1.
+    error (S,V), zero for tokens that write nothing; weights (S,J); scale (U,), 1/cnt included. clip: the gradient's
+    entries to +-1.
     """
-    gradient = _row_gradient(error, weights, scale, accesses)
     if clip:
-        gradient = gradient.clamp_(-1, 1)
-    return before - gradient.mul_(lr)
+        return _row_gradient(error, weights, scale, accesses).clamp_(-1, 1).mul_(-lr)
+    # The factor of a row goes into the weights: no other pass over the rows.
+    return segment_sum(error, weights * (-lr * scale)[accesses.index], accesses.order, accesses.starts)
 
 
-def write_rows_backward(
-    d_after: Tensor, error: Tensor, weights: Tensor, scale: Tensor, accesses: Accesses, lr: float, clip: bool
+def row_changes_backward(
+    d_table: Tensor,
+    places: Tensor,
+    error: Tensor,
+    weights: Tensor,
+    scale: Tensor,
+    accesses: Accesses,
+    lr: float,
+    clip: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Derivatives of error (S,V) and weights (S,J) given that of the rows after (U,V); d before = d after."""
-    on_gradient = d_after * (-lr * scale).unsqueeze(-1)
+    """Derivatives of error (S,V) and weights (S,J) given that of the rows after, which stands at ``places`` (U,) of
+    ``d_table`` (P,V)."""
+    factor = -lr * scale
     if clip:
-        on_gradient *= _row_gradient(error, weights, scale, accesses).abs() <= 1
-    d_error = gather_sum(on_gradient, accesses.index, weights)
-    return d_error, gather_dot(on_gradient, accesses.index, error)
+        inside = _row_gradient(error, weights, scale, accesses).abs() <= 1
+        on_gradient = d_table.index_select(0, places).mul_(inside).mul_(factor.unsqueeze(-1))
+        return gather_sum(on_gradient, accesses.index, weights), gather_dot(on_gradient, accesses.index, error)
+    index, factor = places[accesses.index], factor[accesses.index]
+    return gather_sum(d_table, index, weights * factor), gather_dot(d_table, index, error).mul_(factor)
 
 
 def _row_gradient(error: Tensor, weights: Tensor, scale: Tensor, accesses: Accesses) -> Tensor:

@@ -45,9 +45,9 @@ class TouchedRows:
         """The rows (U,V) as they are now, copied."""
         return self.table.index_select(0, places)
 
-    def put(self, places: Tensor, rows: Tensor) -> None:
-        """Overwrite the rows at the distinct ``places``."""
-        self.table.index_copy_(0, places, rows)
+    def add(self, places: Tensor, changes: Tensor) -> None:
+        """Add ``changes`` (U,V) to the rows at the distinct ``places`` (U,)."""
+        self.table.index_add_(0, places, changes)
 
     def met(self) -> tuple[Tensor, Tensor]:
         """codes (U,) in the order in which they were met, the given ones first, and rows (U,V): views."""

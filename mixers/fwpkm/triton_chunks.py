@@ -3,13 +3,13 @@
 Same mathematics as :mod:`mixers.fwpkm.reference`, in an order of its own. Without ``value_loss_to_keys`` the keys never
 depend on the values, so the call runs in three parts:
 
-    A. for every chunk: choose sub-keys, address, mean use, addressing step           (4 launches)
+    A. for every chunk: rank sub-keys, address, mean use, addressing step             (6 launches)
     B. one stable sort of all (chunk, slot) accesses of the call                      (no launch depends on its result)
     C. for every chunk: read and take the errors, step the rows that were read        (2 launches)
 
 and the backward in the opposite order, from the rows that each chunk overwrote and the keys that it used: C' 2 launches
-a chunk, A' 4. Nothing in the loops waits for the device, allocates, or has a size that depends on data, so a call
-can be captured in a CUDA graph. With ``address_weight`` 0 the keys stand still and part A is two launches in all.
+a chunk, A' 5. Nothing in the loops waits for the device, allocates, or has a size that depends on data, so a call
+can be captured in a CUDA graph. With ``address_weight`` 0 the keys stand still and part A is two launches a chunk.
 
 Cost at B sequences, J = H*k slots a token, float32, beside inputs and outputs: forward about 4 (4 J V + 4 V + 3 H K)
 bytes per token, backward the same again; kept for the backward: J V + 2 H K elements per token and the keys of each
@@ -35,12 +35,12 @@ from mixers.kernels.address import address
 from mixers.kernels.chunk import Chunk
 from mixers.kernels.groups import Groups, group_accesses
 from mixers.kernels.key_backward import key_direction, key_gradients
-from mixers.kernels.key_step import descend_entropy, key_step_backward
+from mixers.kernels.key_step import descend_entropy, key_pulls, key_step_backward
 from mixers.kernels.read import read_and_err
 from mixers.kernels.read_backward import chunk_backward
-from mixers.kernels.select import select_halves
+from mixers.kernels.select import rank_subkeys
 from mixers.kernels.update import add_rows, step_rows
-from mixers.kernels.use import mean_use
+from mixers.kernels.use import mean_use, use_parts
 
 MAX_SUBKEYS, MAX_TOP_K, MAX_VALUE_DIM = 1024, 32, 4096
 
@@ -153,19 +153,27 @@ def _forward(
         return ChunksOutput(read, all_keys[0], table, slots, weights, nothing, nothing.clone()), None
 
     # A. The chain of the keys.
-    whole = Chunk(*tokens, 0, n_tokens)
-    for at in [whole] if still else chunks:
+    n_queries = chunks[0].n_queries
+    ranks = q.new_empty(n_memories, n_queries, n_heads, 2, n_subkeys)
+    if not still:
+        coefficients, pulls, parts = (
+            q.new_empty(indices.shape),
+            key_pulls(keys, n_queries),
+            use_parts(mean[0], n_queries),
+        )
+    for at in chunks:
         here = 0 if n_kept_keys == 1 else at.start // o.chunk_size
         now, then = all_keys[here], all_keys[min(here + 1, n_kept_keys - 1)]
-        select_halves(q, now, indices, at, o.score)
+        rank_subkeys(q, now, ranks, at, o.score)
         address(
-            q, now, indices, measures, probabilities, pairs, slots, weights, at, o.score, o.temperature
+            q, now, ranks, indices, measures, probabilities, pairs, slots, weights, at, o.score, o.temperature
         )  # fmt: skip
         if not still:
             used = mean[at.start // o.chunk_size]
-            mean_use(indices, probabilities, used, at)
+            mean_use(indices, probabilities, parts, used, at)
             descend_entropy(
-                q, now, indices, measures, probabilities, used, then, at, o.score, o.lr, o.address_weight
+                q, now, indices, measures, probabilities, used, coefficients, pulls, then, at, o.score, o.lr,
+                o.address_weight,
             )  # fmt: skip
 
     # B. Which accesses of a chunk go to the same row.
@@ -314,6 +322,8 @@ def _backward(
     coefficients, later_coefficients = torch.empty_like(d_half), torch.zeros_like(d_half)
     directions, tangents = torch.empty_like(d_half), torch.empty_like(d_half)
     mean_tangent = q.new_zeros(n_memories, 2, n_subkeys)
+    n_queries = (q.shape[1] * q.shape[2]) if still else chunks[0].n_queries
+    pulls, parts = key_pulls(kept.keys[0], n_queries), use_parts(mean_tangent, n_queries)
     d_keys = q.new_zeros(keys_shape) if d_keys is None else d_keys.clone(memory_format=torch.contiguous_format)
     for at in [Chunk(*q.shape[:3], 0, q.shape[2])] if still else reversed(chunks):
         here = at.start // o.chunk_size
@@ -322,14 +332,16 @@ def _backward(
             key_direction(
                 q, keys, d_keys, kept.indices, kept.measures, kept.probabilities, directions, tangents, at, o.score
             )  # fmt: skip
-            mean_use(kept.indices, tangents, mean_tangent, at)
+            mean_use(kept.indices, tangents, parts, mean_tangent, at)
         key_gradients(
             q, keys, None if still else d_keys, kept.indices, kept.measures, kept.probabilities, directions, tangents,
             d_half, kept.mean[here], mean_tangent, d_q, coefficients, later_coefficients, at, o.score, o.lr,
             o.address_weight,
         )  # fmt: skip
         if at.start > 0 or needs_keys:
-            key_step_backward(q, keys, kept.indices, coefficients, later_coefficients, d_keys, d_keys, at, o.score)
+            key_step_backward(
+                q, keys, kept.indices, coefficients, later_coefficients, pulls, d_keys, d_keys, at, o.score
+            )  # fmt: skip
     return d_q, d_v, d_pair_weight, d_keys if needs_keys else None, later if needs_values else None
 
 

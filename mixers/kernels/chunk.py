@@ -22,6 +22,11 @@ class Chunk(NamedTuple):
         """S: the tokens of one memory in this chunk."""
         return self.n_rows * self.n_chunk
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """What :func:`token_of` needs, in its order."""
+        return self.n_rows, self.n_chunk, self.n_tokens, self.start
+
 
 @triton.jit
 def token_of(query, memory, n_rows, n_chunk, n_tokens, start):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mixers.kernels.chunk import Chunk, token_of
 from mixers.kernels.key_step import ENTROPY_EPS, entropy_slope
+from mixers.kernels.launch import launch
 from mixers.product_keys import IDW_EPS
 
 
@@ -90,7 +91,9 @@ def key_direction(
     top_k = indices.shape[-1]
     block_k = triton.next_power_of_2(top_k)
     block_s = max(1, min(8, 32 // block_k))
-    key_direction_kernel[(triton.cdiv(chunk.n_queries, block_s), 2 * n_heads, chunk.n_memories)](
+    launch(
+        key_direction_kernel,
+        (triton.cdiv(chunk.n_queries, block_s), 2 * n_heads, chunk.n_memories),
         q,
         keys,
         later,
@@ -99,10 +102,7 @@ def key_direction(
         probabilities,
         directions,
         tangents,
-        chunk.n_rows,
-        chunk.n_chunk,
-        chunk.n_tokens,
-        chunk.start,
+        *chunk.sizes,
         HEADS=n_heads,
         SUBKEYS=n_subkeys,
         HALF=half_dim,
@@ -244,7 +244,9 @@ def key_gradients(
     top_k = indices.shape[-1]
     block_k = triton.next_power_of_2(top_k)
     block_s = max(1, min(8, 32 // block_k))
-    key_gradients_kernel[(triton.cdiv(chunk.n_queries, block_s), 2 * n_heads, chunk.n_memories)](
+    launch(
+        key_gradients_kernel,
+        (triton.cdiv(chunk.n_queries, block_s), 2 * n_heads, chunk.n_memories),
         q,
         keys,
         keys if later is None else later,
@@ -261,10 +263,7 @@ def key_gradients(
         later_coefficients,
         lr,
         address_weight / (chunk.n_queries * n_heads),
-        chunk.n_rows,
-        chunk.n_chunk,
-        chunk.n_tokens,
-        chunk.start,
+        *chunk.sizes,
         HEADS=n_heads,
         SUBKEYS=n_subkeys,
         HALF=half_dim,

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixers.kernels.chunk import Chunk, token_of
+from mixers.kernels.launch import launch
 
 
 @triton.jit(do_not_specialize=["n_table", "n_rows", "n_chunk", "n_tokens", "start", "lookahead"])
@@ -49,8 +50,10 @@ def read_kernel(
     tl.store(out + token * VALUE + v_index, read, inside)
     if WRITE:
         writes = query % n_chunk + lookahead < n_chunk
-        target = tl.load(v + (token + lookahead) * VALUE + v_index, inside & writes, 0.0)
-        difference = tl.where(inside & writes, read - target, 0.0)
+        # Not ``inside & writes``: of a block and a scalar some of triton's interpreters make no mask.
+        pair = v_index < tl.where(writes, VALUE, 0)
+        target = tl.load(v + (token + lookahead) * VALUE + v_index, pair, 0.0)
+        difference = tl.where(pair, read - target, 0.0)
         weight = tl.load(pair_weight + token)
         scratch = (memory.to(tl.int64) * n_rows * n_chunk + query) * VALUE
         tl.store(error + scratch + v_index, weight * difference, inside)
@@ -90,7 +93,9 @@ def read_rows(table: Tensor, slots: Tensor, weights: Tensor, out: Tensor, chunk:
 def _launch(table, slots, weights, v, pair_weight, out, error, squared_error, chunk, lookahead, *, write) -> None:
     value_dim, n_read = table.shape[-1], slots.shape[-1]
     block_v = triton.next_power_of_2(value_dim)
-    read_kernel[(chunk.n_queries, chunk.n_memories)](
+    launch(
+        read_kernel,
+        (chunk.n_queries, chunk.n_memories),
         table,
         slots,
         weights,
@@ -100,10 +105,7 @@ def _launch(table, slots, weights, v, pair_weight, out, error, squared_error, ch
         error,
         squared_error,
         table.shape[1],
-        chunk.n_rows,
-        chunk.n_chunk,
-        chunk.n_tokens,
-        chunk.start,
+        *chunk.sizes,
         lookahead,
         N_READ=n_read,
         VALUE=value_dim,

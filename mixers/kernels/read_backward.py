@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixers.kernels.chunk import Chunk, token_of
+from mixers.kernels.launch import launch
 from mixers.kernels.read import rows_at_once
 
 
@@ -57,16 +58,18 @@ def read_backward_kernel(
     error = tl.zeros((BLOCK_V,), dtype=dtype)
     if WRITE:
         writes = query % n_chunk + lookahead < n_chunk
+        # Not ``block & writes``: of a block and a scalar some of triton's interpreters make no mask.
+        n_written = tl.where(writes, HEADS * TOP_K, 0)
         d_error = tl.zeros((BLOCK_V,), dtype=dtype)
         for first in range(0, HEADS * TOP_K, BLOCK_J):
             j = first + tl.arange(0, BLOCK_J)
-            listed = writes & (j < HEADS * TOP_K)
+            listed = j < n_written
             access = first_access + j
             weight = tl.load(weights + access, listed, 0.0) * tl.load(factors + access, listed, 0.0)
             row = first_row + tl.load(slots + access, listed, 0)
             rows = tl.load(later + row[:, None] * VALUE + v_index[None, :], listed[:, None] & inside[None, :], 0.0)
             d_error += tl.sum(weight[:, None] * rows, axis=0)
-        written = inside & writes
+        written = v_index < tl.where(writes, VALUE, 0)
         target = tl.load(v + (token + lookahead) * VALUE + v_index, written, 0.0)
         difference = tl.load(read + token * VALUE + v_index, written, 0.0) - target
         weight = tl.load(pair_weight + token)
@@ -92,8 +95,8 @@ def read_backward_kernel(
         rows = tl.load(before + group[:, None] * VALUE + v_index[None, :], listed[:, None] & inside[None, :], 0.0)
         on_weight = tl.sum(rows * d_row[None, :], axis=1)
         if WRITE:
-            factor = tl.load(factors + access, listed & writes, 0.0)
-            moved = listed & writes
+            moved = j < n_written
+            factor = tl.load(factors + access, moved, 0.0)
             rows = tl.load(later + row[:, None] * VALUE + v_index[None, :], moved[:, None] & inside[None, :], 0.0)
             on_weight += factor * tl.sum(rows * error[None, :], axis=1)
         on_weights += tl.sum(tl.where(all_j[:, None] == j[None, :], on_weight[None, :], 0.0), axis=1)
@@ -188,7 +191,9 @@ def _launch(
 ) -> None:  # fmt: skip
     value_dim, n_read = later.shape[-1], slots.shape[-1]
     block_v = triton.next_power_of_2(value_dim)
-    read_backward_kernel[(chunk.n_queries, chunk.n_memories)](
+    launch(
+        read_backward_kernel,
+        (chunk.n_queries, chunk.n_memories),
         later,
         before,
         slots,
@@ -207,10 +212,7 @@ def _launch(
         d_pair_weight,
         d_half,
         later.shape[1],
-        chunk.n_rows,
-        chunk.n_chunk,
-        chunk.n_tokens,
-        chunk.start,
+        *chunk.sizes,
         lookahead,
         HEADS=n_heads,
         TOP_K=n_read // n_heads,

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixers.kernels.chunk import Chunk, token_of
+from mixers.kernels.launch import launch
 from mixers.kernels.read import rows_at_once
 
 
@@ -48,16 +49,15 @@ def row_dots(table: Tensor, slots: Tensor, tokens: Tensor, dots: Tensor, chunk: 
     """
     value_dim, n_read = table.shape[-1], slots.shape[-1]
     block_v = triton.next_power_of_2(value_dim)
-    row_dots_kernel[(chunk.n_queries, chunk.n_memories)](
+    launch(
+        row_dots_kernel,
+        (chunk.n_queries, chunk.n_memories),
         table,
         slots,
         tokens,
         dots,
         table.shape[1],
-        chunk.n_rows,
-        chunk.n_chunk,
-        chunk.n_tokens,
-        chunk.start,
+        *chunk.sizes,
         N_READ=n_read,
         VALUE=value_dim,
         BLOCK_J=rows_at_once(n_read, block_v),

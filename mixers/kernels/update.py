@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mixers.kernels.chunk import Chunk
 from mixers.kernels.groups import Groups
+from mixers.kernels.launch import launch
 
 
 @triton.jit(do_not_specialize=["first_position", "n_chunk", "n_tokens", "start", "n_table"])
@@ -90,7 +91,9 @@ def _launch(table, source, weights, scale, groups, overwritten, chunk, *, mean) 
     n_sequences = chunk.n_memories * chunk.n_rows
     block_v = min(512, triton.next_power_of_2(value_dim))
     grid = (n_sequences * chunk.n_chunk * n_read, triton.cdiv(value_dim, block_v))
-    update_kernel[grid](
+    launch(
+        update_kernel,
+        grid,
         table,
         source,
         weights,

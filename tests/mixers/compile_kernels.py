@@ -81,14 +81,16 @@ def launch_all(heads: int, top_k: int, n: int, key_dim: int, value_dim: int, sco
     slots, scratch, each = whole(*joint.shape), real(1, 4096, value_dim), real(*tokens)
     mean, accesses = real(1, 2, n), whole(n_accesses)
     groups = Groups(accesses, accesses, accesses, accesses)
-    select.select_halves(q, keys, indices, chunk, score)
+    ranks = real(1, 4096, heads, 2, n)
+    pulls, parts = key_step.key_pulls(keys, 4096), use.use_parts(mean, 4096)
+    select.rank_subkeys(q, keys, ranks, chunk, score)
     for together in (True, False):
         address.address(
-            q, keys, indices, listed, listed, pairs, slots, joint, chunk, score, 1.0, joint=together
+            q, keys, ranks, indices, listed, listed, pairs, slots, joint, chunk, score, 1.0, joint=together
         )  # fmt: skip
-    use.mean_use(indices, listed, mean, chunk)
-    key_step.descend_entropy(q, keys, indices, listed, listed, mean, keys, chunk, score, 1.0, 1.0)
-    key_step.key_step_backward(q, keys, indices, listed, listed, keys, keys, chunk, score)
+    use.mean_use(indices, listed, parts, mean, chunk)
+    key_step.descend_entropy(q, keys, indices, listed, listed, mean, listed, pulls, keys, chunk, score, 1.0, 1.0)
+    key_step.key_step_backward(q, keys, indices, listed, listed, pulls, keys, keys, chunk, score)
     read.read_and_err(table, slots, joint, row, each, row, scratch, each, chunk, 1)
     read.read_rows(table, slots, joint, row, chunk)
     row_dots.row_dots(table, slots, row, joint, chunk)

@@ -7,6 +7,13 @@ from mixers import registry
 from mixers.base import state_tensors
 from mixers.errors import UserError
 
+# fla sums the gradient of a head's decay from q dq - k dk, products of rounded factors (tf32) that nearly cancel.
+DECAY_PARAMETERS = {
+    "gated_deltanet": ("A_log", "dt_bias", "decay.weight"),
+    "mamba2": ("A_log", "dt_bias", "step.weight"),
+}
+DECAY_TOLERANCE = 1e-1
+
 
 def skip_where_refused(name, options, dtype=torch.float32):
     """Some cards and versions of triton have no right kernel: the layer says so, and nothing runs to be compared.
@@ -38,10 +45,18 @@ def assert_fla_equals_reference(name, n_tokens, dtype=torch.float32, tolerance=1
         leaf = x.clone().requires_grad_()
         out = layer(leaf, start, mask=mask, return_state=True)
         out.y.square().sum().backward()
-        gradients = [parameter.grad for parameter in layer.parameters()]
+        gradients = {key: parameter.grad for key, parameter in layer.named_parameters()}
         with torch.no_grad():
             decoded = layer(x[:, :1], start, return_state=True)
         states = [part for part in state_tensors((out.state, decoded.state)) if part.is_floating_point()]
-        results.append((out.y, decoded.y, *states, leaf.grad, *gradients))
-    for want, got in zip(*results, strict=True):
-        assert (got - want).norm() <= tolerance * want.norm() + 1e-6
+        found = {"y": out.y, "decoded y": decoded.y, "gradient of x": leaf.grad}
+        results.append(found | {f"state {i}": part for i, part in enumerate(states)} | gradients)
+    wanted, found = results
+    assert wanted.keys() == found.keys()
+    wrong = {}
+    for key, want in wanted.items():
+        error = (found[key] - want).norm()
+        allowed = DECAY_TOLERANCE if key in DECAY_PARAMETERS.get(name, ()) else tolerance
+        if not error <= allowed * want.norm() + 1e-6:
+            wrong[key] = (error / want.norm()).item()
+    assert not wrong, f"relative errors {wrong}"

@@ -157,6 +157,12 @@ def test_fla_equals_the_reference(by_channel, n_tokens, decay):
         with torch.no_grad():  # decoding takes another kernel
             decoded = decay_attention(*leaves, mask, impl=impl, chunk_size=32).y
         results.append((out.y, out.state, decoded, *(leaf.grad for leaf in leaves)))
-    for want, got in zip(*results, strict=True):
+    # fla sums the gradient of log decays backwards in time from terms q dq - k dk in tf32 and adds what flows into the
+    # state, also where each is large and their sum nothing: an error is measured against the terms.
+    dq, dk, d_decay = (results[0][i] for i in (3, 4, 6))
+    terms = ((q * dq).sum(-1).abs() + (k * dk).sum(-1).abs()).sum(1).norm() + (results[0][1] ** 2).sum().sqrt()
+    for i, (want, got) in enumerate(zip(*results, strict=True)):
         assert torch.isfinite(got).all()
-        assert (got - want).norm() <= 1e-2 * want.norm() + 1e-5
+        scale = terms if i == 6 else want.norm()
+        assert (got - want).norm() <= 1e-2 * scale + 1e-5, (i, (got - want).norm(), scale)
+    assert d_decay.isfinite().all()

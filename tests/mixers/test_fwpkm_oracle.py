@@ -60,7 +60,8 @@ class Case:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float64", "float32"])
 @pytest.mark.parametrize("name", ["base", "base_eval", "heads4", "lookahead0", "no_gates", "tail"])
-def test_fast_weight_pkm(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("impl", ["reference", "sparse"])
+def test_fast_weight_pkm(impl: str, name: str, dtype: torch.dtype) -> None:
     case = Case(name, dtype)
     cfg = case.cfg
     n_heads, n, key_dim = cfg["mem_heads"], cfg["mem_n_subkeys"], cfg["mem_k_dim"]
@@ -78,6 +79,7 @@ def test_fast_weight_pkm(name: str, dtype: torch.dtype) -> None:
         lookahead=cfg["lookahead"],
         scope="shared",
         update_scale="released",
+        impl=impl,
     )
     case.check("output", out.read)
     case.check("keys_out", out.keys)

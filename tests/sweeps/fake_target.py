@@ -4,7 +4,8 @@
 
     n_steps, step_s           length of a run
     stuck_s                   an uninterruptible wait in every run
-    outcome                   {"<seed or trial lr>": "diverged" | "raise" | "die" | "die_once"}
+    outcome                   {"<seed or trial lr>": "diverged" | "raise" | "die" | "die_once" | "hang_once" |
+                              "memory" | "memory_beside_others"}
 """
 
 from __future__ import annotations
@@ -52,6 +53,14 @@ def run_experiment(
         raise ValueError("this seed is bad")
     if fate == "die" or (fate == "die_once" and len((folder / "starts.log").read_text().split()) == 1):
         os.kill(os.getpid(), signal.SIGKILL)
+    first = len((folder / "starts.log").read_text().split()) == 1
+    if fate == "hang_once" and first:
+        time.sleep(600)
+    if fate == "memory" or (fate == "memory_beside_others" and first):
+        outcome = RunOutcome("failed", "out of memory: 3 GB asked for")
+        write_outcome(folder, outcome)
+        return outcome
+    (folder / "spans.log").write_text(f"{time.monotonic()} ")
     if "stuck_s" in behaviour:
         stuck_until = time.monotonic() + behaviour["stuck_s"]
         while time.monotonic() < stuck_until:
@@ -74,6 +83,8 @@ def run_experiment(
     else:
         outcome = RunOutcome("finished", step=step, wall_s=0.01, metrics=scores(config))
     write_outcome(folder, outcome)
+    with open(folder / "spans.log", "a", encoding="utf-8") as file:
+        file.write(f"{time.monotonic()}")
     with open(folder.parent / "completions.log", "a", encoding="utf-8") as file:
         file.write(f"{identity.key}\n")
     return outcome

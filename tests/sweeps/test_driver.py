@@ -6,9 +6,10 @@ import json
 import os
 
 import pytest
+import torch
 
 from experiments.errors import UserError
-from experiments.records import read_outcome, read_sweep_runs
+from experiments.records import n_attempts, read_outcome, read_sweep_runs
 from sweeps.lock import driver_lock, driver_runs
 from sweeps.plan import plan
 from sweeps.saved import read_saved
@@ -101,6 +102,68 @@ def test_a_killed_worker_is_replaced_and_its_run_tried_once_more(tmp_path, behav
         if record.identity.seed == 1:
             assert record.outcome.reason.startswith("the worker was ended by signal SIGKILL")
             assert "in each of 2 attempts" in record.outcome.reason
+
+
+def test_a_silent_worker_is_ended_and_its_run_tried_once_more(tmp_path, behave):
+    behave(outcome={"0": "hang_once"})
+    result, events = drive(tiny(tmp_path), tmp_path / "runs", stall_s=1.5)
+    assert result.outcomes == {"finished": 4}
+    retried = [event for event in events if event["event"] == "run_retried"]
+    assert [event["reason"] for event in retried] == ["no sign of life for 1.5 s"] * 2
+    assert set(completions(tmp_path / "runs").values()) == {1}
+
+
+def test_a_run_without_memory_is_tried_once_more_and_alone(tmp_path, behave):
+    behave(outcome={"0": "memory_beside_others"}, n_steps=3, step_s=0.05)
+    result, events = drive(tiny(tmp_path, seeds=[0, 1, 2]), tmp_path / "runs")
+    assert result.outcomes == {"finished": 6}
+    retried = [event["key"] for event in events if event["event"] == "run_retried"]
+    assert len(retried) == 2
+    spans = {}
+    for record in read_sweep_runs(tmp_path / "runs", "tiny"):
+        spans[record.identity.key] = tuple(map(float, (record.folder / "spans.log").read_text().split()))
+        assert n_attempts(record.folder) == (2 if record.identity.key in retried else 1)
+    for key in retried:
+        start, end = spans.pop(key)
+        assert all(end <= other_start or start >= other_end for other_start, other_end in spans.values())
+
+
+def test_without_memory_alone_either_it_is_a_failure(tmp_path, behave):
+    behave(outcome={"0": "memory"})
+    result, _ = drive(tiny(tmp_path), tmp_path / "runs")
+    assert result.outcomes == {"finished": 2, "failed": 2}
+    failed = [r for r in read_sweep_runs(tmp_path / "runs", "tiny") if r.outcome.outcome == "failed"]
+    assert [record.outcome.reason for record in failed] == ["out of memory: 3 GB asked for"] * 2
+    assert [n_attempts(record.folder) for record in failed] == [2, 2]
+
+
+def test_with_one_worker_every_run_is_alone_already(tmp_path, behave):
+    behave(outcome={"0": "memory"})
+    result, events = drive(tiny(tmp_path), tmp_path / "runs", n_workers=1)
+    assert result.outcomes == {"finished": 2, "failed": 2}
+    assert not [event for event in events if event["event"] == "run_retried"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per_gpu": 0}, "--per-gpu: at least 1 is needed, got 0"),
+        ({"per_gpu": 2}, "--workers and --per-gpu both set the number of workers; leave one out"),
+        ({"gpus": ("0",)}, "--gpus: this machine has no usable CUDA device; mixlab doctor says why"),
+        ({"stall_s": -1.0}, "--stall-after: seconds of silence, or 0 for no limit, got -1"),
+    ],
+)
+def test_slots_that_can_not_be(tmp_path, behave, options, message):
+    with pytest.raises(UserError) as caught:
+        drive(tiny(tmp_path), tmp_path / "runs", **options)
+    assert str(caught.value) == message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_runs_on_the_cpu_take_no_gpus(tmp_path, behave):
+    with pytest.raises(UserError, match=r"--gpus: runs of this sweep have train\.device='cpu'; set it to 'auto' or"):
+        drive(tiny(tmp_path, base__train__device="cpu"), tmp_path / "runs", gpus=("0",))
 
 
 def test_diverged_trials_never_win_though_their_metric_is_the_best(tmp_path, behave):

@@ -1,0 +1,1 @@
+"""Benchmarks: time, memory and bytes of implementations, measured next to each other in one run."""

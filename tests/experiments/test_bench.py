@@ -1,0 +1,231 @@
+"""The benchmark: its baseline is right, every scene runs, what goes wrong in a case is a row. No time is asserted."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner
+
+from experiments.bench import equality, fwpkm, measure, model
+from experiments.bench.case import Case
+from experiments.bench.dense import write_densely
+from experiments.bench.goals import goals
+from experiments.bench.operations import Workbench
+from experiments.bench_cli import bench
+from experiments.errors import UserError
+from mixers.fwpkm import fast_weight_pkm
+
+TINY = [
+    "--n",
+    "9",
+    "--tokens",
+    "37",
+    "--batch",
+    "2",
+    "--chunk",
+    "8",
+    "--width",
+    "6",
+    "--repeats",
+    "2",
+    "--threads",
+    "1",
+]
+
+
+@pytest.fixture(autouse=True)
+def _keep_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def run(*arguments: str) -> dict:
+    done = CliRunner(catch_exceptions=False).invoke(bench, ["fwpkm", *TINY, "--json", *arguments])
+    assert done.exit_code == 0
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("scope", ["shared", "sequence"])
+@pytest.mark.parametrize(("n_tokens", "lookahead"), [(23, 1), (12, 2), (5, 0)])
+def test_dense_baseline_equals_the_reference(scope: str, n_tokens: int, lookahead: int) -> None:
+    torch.manual_seed(0)
+    shapes = [(3, n_tokens, 2, 6), (3, n_tokens, 5), (3, n_tokens), (2, 2, 7, 3), (49, 5)]
+    drawn = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    options = {"chunk_size": 6, "top_k": 3, "scope": scope, "lookahead": lookahead, "lr": 0.7, "address_weight": 0.4}
+    results = []
+    for impl in ("reference", "dense"):
+        inputs = [part.clone().requires_grad_() for part in drawn]
+
+        def outputs(parts: list, impl: str = impl) -> list:
+            if impl == "dense":
+                return list(write_densely(*parts, **options))
+            out = fast_weight_pkm(*parts, **options, impl="reference")
+            return [out.read, out.keys, out.values]
+
+        found = outputs(inputs)
+        loss = sum(part.flatten() @ torch.arange(1.0, 1 + part.numel(), dtype=part.dtype).sin() for part in found)
+        gradients = torch.autograd.grad(loss, inputs)
+        with torch.no_grad():
+            results.append([*found, *gradients, outputs(drawn)[0]])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got.reshape(want.shape), want, rtol=1e-10, atol=1e-12)
+
+
+def test_every_scene_runs_end_to_end() -> None:
+    found = run("--scene", "prefill", "--scene", "train", "--scene", "scopes", "--scene", "decode", "--no-memory")
+    rows = found["rows"]
+    measured = {(row["scene"], row["impl"]) for row in rows if row["status"] == "measured"}
+    for scene in ("prefill", "train"):
+        assert {(scene, impl) for impl in ("dense", "reference", "sparse", "floor")} <= measured
+    assert {row["scope"] for row in rows if row["scene"] == "scopes" and row["impl"] == "sparse"} == {
+        "shared",
+        "sequence",
+    }
+    assert {("decode", "sparse"), ("decode_write", "sparse"), ("decode", "reference")} <= measured
+    for row in rows:
+        if row["status"] == "measured":
+            assert row["seconds_min"] <= row["seconds"] <= row["seconds_max"]
+            assert row["n_repeats"] == 2
+    dense = next(row for row in rows if row["impl"] == "dense")
+    assert dense["times_dense"] == 1
+    assert not found["interrupted"]
+    assert found["machine"]["n_threads"] == 1
+    assert found["machine"]["versions"]["torch"]
+    # At other sizes than the goals' nothing is claimed.
+    assert all(goal["met"] is None for goal in found["goals"])
+
+
+def test_the_model_with_and_without_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(model.SIZES, "small", model.ModelSize(16, 16, 32, 1, 8, 6, 8, 2, 24))
+    rows = run("--scene", "model")["rows"]
+    assert {(row["impl"], row["scope"]) for row in rows if row["status"] == "measured"} == {
+        ("without", "-"),
+        ("sparse", "shared"),
+        ("sparse", "sequence"),
+    }
+    assert all(row["times_without"] > 0 for row in rows)
+
+
+def test_the_bound_is_that_of_the_paper_setting() -> None:
+    """38 and 130 KiB per token at K = V = 512, k = 8."""
+    case = Case("prefill", "sparse", "shared", 512, 1, 1, 512, 512, 512, 8, "cpu", 0)
+    assert case.bound_bytes() == 38 * 1024
+    assert Case(**(case.as_dict() | {"scene": "train", "backward": True})).bound_bytes() == 130 * 1024
+
+
+def test_memory_is_measured_in_a_fresh_process() -> None:
+    """The dense prefill holds at least a gradient and a new table of 37 MB."""
+    case = Case("prefill", "dense", "shared", 96, 1, 64, 32, 64, 1024, 8, "cpu", 0)
+    peak = measure.cpu_peak(case, 1)
+    if peak is None:
+        pytest.skip("this system does not tell a process's memory")
+    table = 96**2 * 1024 * 4
+    assert 2 * table * 0.8 < peak < 12 * table
+
+
+def test_a_case_too_large_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(case: Case, n_threads: int) -> int:
+        raise measure.OutOfMemory("needs more memory than is free here")
+
+    monkeypatch.setattr(fwpkm, "cpu_peak", too_large)
+    rows = run("--scene", "prefill", "--impl", "sparse", "--memory")["rows"]
+    assert [(row["status"], row["seconds"]) for row in rows] == [("out of memory", None)]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fast_weight_product_key_memory") is not None, reason="installed here")
+def test_a_missing_package_is_a_row_that_says_how_to_install_it() -> None:
+    rows = run("--scene", "layer", "--impl", "package", "--no-memory")["rows"]
+    assert {row["status"] for row in rows} == {"not installed"}
+    assert all("pip install" in row["note"] for row in rows)
+
+
+def test_an_interrupt_keeps_what_is_finished(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare = Workbench.prepare
+
+    def prepare_until_training(self: Workbench, case: Case):
+        if case.backward:
+            raise KeyboardInterrupt
+        return prepare(self, case)
+
+    monkeypatch.setattr(Workbench, "prepare", prepare_until_training)
+    file = tmp_path / "bench.json"
+    arguments = ["fwpkm", *TINY, "--no-memory", "--scene", "prefill", "--scene", "train", "--json", str(file)]
+    # What mixlab's main turns into exit code 130.
+    with pytest.raises(click.Abort):
+        bench.main(arguments, standalone_mode=False)
+    found = json.loads(file.read_text())
+    assert found["interrupted"]
+    assert {row["scene"] for row in found["rows"]} == {"prefill"}
+    assert {row["impl"] for row in found["rows"]} >= {"dense", "sparse", "floor"}
+
+
+def test_a_wrong_implementation_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = equality.reads
+    monkeypatch.setattr(
+        equality, "reads", lambda case, inputs: reads(case, inputs) * (1.01 if case.impl == "sparse" else 1)
+    )
+    arguments = ["fwpkm", *TINY, "--json", "--no-memory", "--scene", "prefill", "--impl", "sparse"]
+    done = CliRunner().invoke(bench, arguments)
+    assert done.exit_code == 1
+    (row,) = json.loads(done.stdout)["rows"]
+    assert row["status"] == "wrong"
+    assert row["seconds"] is None
+    assert "float64 reference" in row["note"]
+
+
+def test_nan_is_within_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(equality, "largest_error", lambda *_: float("nan"))
+    assert equality.why_wrong("sparse", "cpu", 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--n", "4"], "--n must be at least the 8 slots"),
+        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--tokens", "-3"], "--tokens must be at least 1, got -3"),
+        (["--width", "7"], "--width must be even"),
+        (["--chunk", "1"], "--chunk must be at least 2"),
+        (["--impl", "triton"], "--impl triton runs on CUDA only"),
+        (["--json", "/no/such/folder/file.json"], "there is no folder"),
+    ],
+)
+def test_bad_options_are_one_line(arguments: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words) as raised:
+        bench.main(["fwpkm", *arguments], standalone_mode=False)
+    assert "\n" not in str(raised.value)
+
+
+def test_goals_are_judged_at_their_sizes_only() -> None:
+    def row(impl: str, seconds: float, tokens: int) -> dict:
+        case = Case("prefill", impl, "shared", 512, 1, tokens, 512, 512, 512, 8, "cpu", 0)
+        times = {"seconds": seconds, "seconds_min": seconds, "peak_bytes": 10}
+        return case.as_dict() | times | {"status": "measured"}
+
+    for tokens, met in ((4096, [True, False]), (512, [None, None])):
+        found = goals([row("dense", 20.0, tokens), row("sparse", 0.1, tokens), row("floor", 0.02, tokens)], "cpu")
+        assert [goal["measured"] for goal in found[:2]] == pytest.approx([200, 5])
+        assert [goal["met"] for goal in found[:2]] == met
+    assert goals([], "cpu")[0]["met"] is None
+    assert goals([], "cuda")[0]["met"] is None
+
+
+def test_a_case_that_fails_while_it_is_timed_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    n_calls = []
+
+    def prepare(self: Workbench, case: Case):
+        def operation() -> None:
+            n_calls.append(case.impl)
+            if case.impl == "reference" and n_calls.count("reference") > 2:
+                raise MemoryError("no memory left")
+
+        return operation
+
+    monkeypatch.setattr(Workbench, "prepare", prepare)
+    rows = run("--scene", "prefill", "--impl", "reference", "--impl", "floor", "--no-memory")["rows"]
+    assert {row["impl"]: row["status"] for row in rows} == {"reference": "out of memory", "floor": "measured"}
