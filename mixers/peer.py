@@ -71,10 +71,9 @@ class PEER(ProductKeyLayer):
         self, x: Tensor, state: State = None, *, return_state: bool = False, mask: Tensor | None = None
     ) -> MixerOutput:
         x = zero_padding(x, mask)
-        selection = self._select(x, mask)
-        experts = selection.slots[0].flatten(-2)
+        slots, scores = self._choose(x, mask)
+        experts = slots.flatten(-2)
         with torch.autocast(x.device.type, enabled=False):
-            scores = selection.scores[0]
             weights = scores.softmax(dim=-1) if self.config.expert_weights == "softmax" else scores.sigmoid()
             inputs = x.to(self.experts_in.dtype).reshape(-1, x.shape[-1])
             hidden = ACTIVATIONS[self.config.activation](dot_rows(self.experts_in, experts, inputs, self.impl))
@@ -84,4 +83,4 @@ class PEER(ProductKeyLayer):
     def flops_per_token(self, context: int) -> float:
         """Queries and scores 2 H K (D + n), both halves of H k experts 4 H k D; the same at every context."""
         c = self.config
-        return self._select_flops() + 4 * c.n_heads * c.top_k * c.d_model
+        return self._choose_flops() + 4 * c.n_heads * c.top_k * c.d_model

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mixers import table_rows
 from mixers.base import Mixer, ParameterOptions, State
 from mixers.config import MixerConfig
-from mixers.product_keys import Score, Selection, select
+from mixers.product_keys import Score, choose
 from mixers.query_norm import QueryNorm, TokenBatchNorm, query_norm
 
 
@@ -97,17 +97,19 @@ class ProductKeyLayer(Mixer):
     def initial_state(self, batch_size: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
         return None
 
-    def _select(self, x: Tensor, mask: Tensor | None) -> Selection:
-        """The slots of all tokens (B,T,D) as one memory's queries: M = 1, S = B*T."""
+    def _choose(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """slots and scores (S,H,k), best first, of all tokens (B,T,D) as S = B*T queries."""
         c = self.config
         q = self.q_proj(x)
         q = self.q_norm(q, mask) if isinstance(self.q_norm, TokenBatchNorm) else self.q_norm(q)
         # Distances and scores need the parameters' precision: narrower ones choose wrong slots.
         with torch.autocast(x.device.type, enabled=False):
             q = q.to(self.keys.dtype).reshape(1, -1, c.n_heads, c.head_key_dim)
-            return select(q, self.keys.expand(c.n_heads, -1, -1, -1).unsqueeze(0), c.top_k, c.score)
+            keys = self.keys.expand(c.n_heads, -1, -1, -1).unsqueeze(0)
+            slots, scores = choose(q, keys, c.top_k, c.score)
+            return slots[0], scores[0]
 
-    def _select_flops(self) -> float:
+    def _choose_flops(self) -> float:
         """Queries 2 D H K, sub-key scores 2 H n K."""
         c = self.config
         return float(2 * c.n_heads * c.head_key_dim * (c.d_model + c.n_subkeys))
