@@ -22,7 +22,7 @@ for sizes in SIZES:
 print("equal")
 """
 # (N,V,S,J)
-SIZES = [(50, 33, 37, 5), (1, 3, 9, 2), (7, 1, 4, 1), (200, 16, 3, 7), (9, 5, 0, 3)]
+SIZES = [(50, 33, 21, 5), (1, 3, 9, 2), (7, 1, 4, 1), (200, 16, 3, 7), (9, 5, 0, 3), (2, 5, 0, 3)]
 
 
 def require_equal(impl: str, n_slots: int, width: int, n_tokens: int, n_read: int) -> None:
