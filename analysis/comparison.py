@@ -20,8 +20,20 @@ _SIZES = ("state_bytes", "state_bytes_fixed", "state_bytes_per_token", "params",
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A tuning trial: its tuned ``settings``, how it ended, and the select metric that it reached (or had reached)."""
+
+    trial: int | None
+    key: str
+    settings: dict[str, Any]
+    outcome: str
+    reason: str
+    value: float | None
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """One arm in one cell over its seeds (replicates only; tuning trials never count).
+    """One arm in one cell over its seeds (replicates only; tuning trials never count, all are listed in ``trials``).
 
     ``n_seeds`` finished of ``n_planned``; ``metrics`` over the finished seeds; ``cost`` is the mean over the
     finished seeds, or over the others that measured it where none finished. ``notes`` say what is missing or odd.
@@ -40,6 +52,7 @@ class Comparison:
     cost: dict[str, float]
     pareto: bool
     notes: tuple[str, ...]
+    trials: tuple[Trial, ...] = ()
 
     def value(self, name: str) -> float | None:
         """The mean of ``report/...``, ``select/...`` or ``cost/...``; None where there is none."""
@@ -56,6 +69,7 @@ def compare(saved: SavedSweep, rows: Iterable[RunRow], x: str = DEFAULT_X, y: st
     direction that is better for each. An arm without a finished seed is never in it.
     """
     y = y or saved.metric["report"]
+    rows = list(rows)
     groups: dict[tuple[str, str], list[RunRow]] = {}
     for row in replicates(rows):
         groups.setdefault((row.arm, row.cell), []).append(row)
@@ -67,7 +81,49 @@ def compare(saved: SavedSweep, rows: Iterable[RunRow], x: str = DEFAULT_X, y: st
         points = [(line.value(x), line.value(y)) if line.n_seeds else (None, None) for line in here]
         best = pareto(points, x_sign=x_sign, y_sign=y_sign)
         marked.update({(line.arm, cell): on_front for line, on_front in zip(here, best, strict=True)})
-    return [replace(line, pareto=marked[line.arm, line.cell]) for line in lines]
+    unequal = {cell: _unequal_data(groups, cell) for cell in saved.cells}
+    return [
+        replace(
+            line,
+            pareto=marked[line.arm, line.cell],
+            notes=line.notes + unequal[line.cell],
+            trials=_trials(saved, [row for row in rows if (row.arm, row.cell) == (line.arm, line.cell)]),
+        )
+        for line in lines
+    ]
+
+
+def _unequal_data(groups: dict[tuple[str, str], list[RunRow]], cell: str) -> tuple[str, ...]:
+    """Notes on seeds for which the arms of a cell were not trained on the same data in the same order."""
+    notes = []
+    for name, words in (("data_hash", "other data"), ("order_hash", "another order of the data")):
+        hashes: dict[int, set[str]] = {}
+        for (_, where), rows in groups.items():
+            for row in rows if where == cell else ():
+                hashes.setdefault(row.seed, set()).update({getattr(row, name)} - {""})
+        if seeds := sorted(seed for seed, found in hashes.items() if len(found) > 1):
+            notes.append(f"arms of this cell saw {words} (seeds {', '.join(map(str, seeds))})")
+    return tuple(notes)
+
+
+def _trials(saved: SavedSweep, rows: list[RunRow]) -> tuple[Trial, ...]:
+    """All tuning trials of an arm-cell. A plan read from MLflow does not say what was tuned: then what differs was."""
+    tuned = [row for row in rows if row.role == "tuning"]
+    numbers = {run.key: run.trial for run in saved.runs}
+    names = list(saved.tune) or sorted(
+        {name for row in tuned for name, value in row.settings.items() if value != tuned[0].settings.get(name)}
+    )
+    return tuple(
+        Trial(
+            trial=numbers.get(row.key),
+            key=row.key,
+            settings={name: row.settings.get(name) for name in names},
+            outcome=row.outcome,
+            reason=row.reason,
+            value=row.metrics.get(saved.metric["select"]),
+        )
+        for row in tuned
+    )
 
 
 def _line(saved: SavedSweep, arm: str, cell: str, rows: list[RunRow]) -> Comparison:

@@ -27,7 +27,8 @@ class RunRow:
     """One run. ``metrics`` by full name (``report/accuracy``), ``cost`` without prefix, ``settings`` the flat config.
 
     ``outcome`` is one of experiments.records.Outcome or ``unfinished``; ``link`` is the MLflow run id, or "".
-    Metrics and costs are finite or None.
+    Metrics and costs are finite or None. ``data_hash`` and ``order_hash`` are those of the data and of the training
+    batches, "" where they are not known (MLflow keeps the former only).
     """
 
     arm: str
@@ -43,6 +44,8 @@ class RunRow:
     settings: dict[str, Any]
     link: str
     key: str
+    data_hash: str = ""
+    order_hash: str = ""
 
 
 def rows_from_records(runs: Path, sweep: str) -> tuple[SavedSweep, list[RunRow]]:
@@ -76,6 +79,8 @@ def _row_of_record(saved: SavedSweep, planned: SavedRun, record: RunRecord) -> R
         settings=flatten(record.config),
         link=outcome.mlflow_run_id if outcome else "",
         key=planned.key,
+        data_hash=outcome.data_hash if outcome else "",
+        order_hash=outcome.order_hash if outcome else "",
     )
 
 
@@ -154,6 +159,7 @@ def _row_of_run(run: Run) -> RunRow:
         settings={name: _parsed(text) for name, text in run.data.params.items()},
         link=run.info.run_id,
         key=_tag(run, "key"),
+        data_hash=_tag(run, "data_hash"),
     )
 
 

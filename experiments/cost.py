@@ -38,14 +38,18 @@ def measure_cost(model: Backbone, n_tokens: int, compute: Compute, turns: Turns 
     try:
         cost = _state_cost(model, n_tokens, compute) if model.resumable else {}
         cost["params"] = float(sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad))
-        contexts = torch.linspace(0, n_tokens - 1, min(N_FLOP_CONTEXTS, n_tokens)).round().int().tolist()
-        flops = [model.flops_per_token(context) for context in contexts]
+        flops = [model.flops_per_token(context) for context in cost_contexts(n_tokens)]
         if None not in flops:
             cost["flops_per_token"] = statistics.fmean(flops)
         with (turns or Turns()).alone():
             return cost | _speed(model, n_tokens, compute)
     finally:
         model.train(was_training)
+
+
+def cost_contexts(n_tokens: int) -> list[int]:
+    """The contexts below ``n_tokens`` over which FLOPs per token are averaged, evenly spaced, both ends included."""
+    return torch.linspace(0, n_tokens - 1, min(N_FLOP_CONTEXTS, n_tokens)).round().int().tolist()
 
 
 @torch.no_grad()

@@ -57,6 +57,7 @@ class RunOutcome:
     cost: dict[str, float | None] = field(default_factory=dict)
     impl: dict[str, str] = field(default_factory=dict)
     data_hash: str = ""
+    order_hash: str = ""
     mlflow_run_id: str = ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import traceback
@@ -16,7 +17,7 @@ from experiments.config import ExperimentConfig
 from experiments.cost import PeakMemory, measure_cost
 from experiments.device import Compute, resolve_compute
 from experiments.environment import environment, git_state
-from experiments.progress import Interrupted, OnProgress
+from experiments.progress import Interrupted, OnProgress, Pruned
 from experiments.records import (
     FINAL_OUTCOMES,
     OUT_OF_MEMORY,
@@ -34,7 +35,7 @@ from experiments.records import (
 from experiments.tasks import build_task
 from experiments.tasks.base import Task
 from experiments.tracking import RunTracker
-from experiments.train import Trainer, TrainResult
+from experiments.train import Trainer, TrainResult, training_batch
 from experiments.turns import Turns
 
 
@@ -58,7 +59,8 @@ def run_experiment(
     """Run to the end, or on from the checkpoint of an interrupted try; a final outcome found is returned as it is.
 
     A training that raises ends as ``failed`` with the reason; :class:`Interrupted` ends as ``killed``, the checkpoint
-    saved. Both are recorded, neither is raised. User mistakes in the config raise before anything is written.
+    saved; :class:`Pruned` ends as ``pruned``. All are recorded, none is raised. User mistakes in the config raise
+    before anything is written.
     """
     folder = run_folder(runs, identity.sweep, identity.key)
     before = read_outcome(folder)
@@ -77,6 +79,9 @@ def run_experiment(
     turns = Turns(runs, str(compute.device))
     try:
         outcome = _train_and_measure(config, task, compute, folder, recorder, on_progress, turns)
+    except Pruned as told:
+        select = {k: v for row in read_metrics(folder) for k, v in row.items() if k.startswith("select/")}
+        outcome = replace(recorder.ended("pruned", str(told)), metrics=select)
     except Interrupted:
         outcome = recorder.ended("killed", "interrupted; the same command resumes it")
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -153,6 +158,7 @@ def _train_and_measure(
         cost=dict(cost),
         impl={place: f"{mixer.name}:{mixer.impl}:{mixer.state_scope}" for place, mixer in model.named_mixers().items()},
         data_hash=task.data_hash(),
+        order_hash=order_hash(config, task, trainer.n_steps),
     )
 
 
@@ -172,6 +178,20 @@ def _costs(
     cost["train_s"] = result.wall_s
     cost["tracking_s"] = tracking_s
     return cost
+
+
+def order_hash(config: ExperimentConfig, task: Task, n_steps: int) -> str:
+    """SHA-256 (16 hex digits) over training batches as the loop asks for them: step 0, powers of 2 and the last.
+
+    Of the steps that the budget allows, so that an early stop does not change it.
+    """
+    digest = hashlib.sha256()
+    for step in sorted({2**i for i in range(n_steps.bit_length()) if 2**i < n_steps} | {0, n_steps - 1}):
+        batch = training_batch(config, task, step)
+        digest.update(f"{step} {batch.tokens.shape}\n".encode())
+        digest.update(batch.tokens.astype("<i8").tobytes())
+        digest.update(batch.targets.astype("<i8").tobytes())
+    return digest.hexdigest()[:16]
 
 
 def longest_report_sample(task: Task, batch_size: int) -> int:

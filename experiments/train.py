@@ -66,6 +66,12 @@ def n_steps_of(config: ExperimentConfig, task: Task) -> int:
     return math.ceil(config.train.max_tokens / (config.train.batch_size * task.tokens_per_example))
 
 
+def training_batch(config: ExperimentConfig, task: Task, step: int) -> Batch:
+    """What step ``step`` trains on: a function of data, batch size and order seed, whatever the model."""
+    contiguous = config.state.carry == "stream"
+    return task.train_batch(step, config.train.batch_size, config.seed_for("order"), contiguous=contiguous)
+
+
 class Trainer:
     """One training of one model on one task: ``resume``, then ``run``."""
 
@@ -162,16 +168,12 @@ class Trainer:
             if self.checkpoint and time.perf_counter() - saved_at >= train.checkpoint_every_s:
                 self.save()
                 saved_at = time.perf_counter()
-            self.on_progress(Progress(self.at.step, self.n_steps, self.at.last_select))
+            evaluated = bool(due and not last)
+            self.on_progress(Progress(self.at.step, self.n_steps, self.at.last_select, evaluated=evaluated))
         return "", float(np.median(speeds or [0.0]))
 
     def _batch(self, step: int) -> Batch:
-        return self.task.train_batch(
-            step,
-            self.config.train.batch_size,
-            self.config.seed_for("order"),
-            contiguous=self.config.state.carry == "stream",
-        )
+        return training_batch(self.config, self.task, step)
 
     def _step(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         train = self.config.train

@@ -11,6 +11,8 @@ from experiments.cli import runs_option
 from mixers.cli import json_option, load_plugins, plugin_option
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from sweeps.definition import SweepConfig
     from sweeps.plan import Plan
     from sweeps.status import SweepStatus
@@ -151,6 +153,8 @@ def _plan_json(planned: Plan) -> dict[str, Any]:
         "budget": sweep_config.budget.model_dump(exclude_none=True),
         "metric": sweep_config.metric.model_dump(),
         "seeds": list(sweep_config.seeds),
+        "match": planned.match_json(),
+        "search": sweep_config.search.model_dump(),
         "arm_cells": [
             {
                 "arm": arm_cell.arm,
@@ -179,14 +183,41 @@ def _print_plan(planned: Plan) -> None:
     console.print(Text("budget of every run: " + ", ".join(f"{name} = {n:,}" for name, n in limits.items())))
     for path, space in sweep_config.tune.items():
         tried = list(dict.fromkeys(settings[path] for settings in planned.arm_cells[0].trial_settings))
-        values = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in tried)
-        spread = f"between {space.ends()[0]:g} and {space.ends()[1]:g}" if not tried else values
+        known = tried or list(space.choice or space.ends())
+        values = [f"{value:g}" if isinstance(value, float) else str(value) for value in known]
+        spread = ", ".join(values) if tried or space.choice else " to ".join(values)
         console.print(Text(f"tuned: {path} in {spread}, chosen on {sweep_config.metric.select}"))
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("arm", "pattern", "cells"):
         table.add_column(heading)
     for arm, pattern in planned.patterns.items():
         table.add_row(Text(arm), Text(pattern), Text("; ".join(planned.cells)))
+    console.print(table)
+    if sweep_config.match is not None:
+        _print_match(console, planned)
+
+
+def _print_match(console: Console, planned: Plan) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    match = planned.sweep.match
+    words = f"held equal: {match.quantity} of the {match.of}, within {match.tolerance:.3g}"
+    console.print(Text(words))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("arm", "cell", "solved"):
+        table.add_column(heading)
+    for heading in ("target", "reached", "off", "model", "mixers"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for arm_cell in planned.arm_cells:
+        found = arm_cell.matched
+        if found is None:
+            table.add_row(Text(arm_cell.arm), Text(arm_cell.cell), Text("not held to it"))
+            continue
+        solved = f"{found.free}={found.value}" if found.free else "-"
+        sizes = (f"{size:,.0f}" for size in (found.model, found.mixers))
+        numbers = (f"{found.target:,.0f}", f"{found.reached:,.0f}", f"{100 * found.error:+.1f} %", *sizes)
+        table.add_row(*(Text(text) for text in (arm_cell.arm, arm_cell.cell, solved, *numbers)))
     console.print(table)
 
 
@@ -207,16 +238,23 @@ def _print_status(status: SweepStatus) -> None:
     for heading in ("arm", "cell"):
         table.add_column(heading)
     # Short enough for 80 columns.
-    for heading in ("done", "now", "div.", "fail", "miss", "best\nselect", "mean\nreport"):
+    pruned = any(row.n_pruned for row in status.arm_cells)
+    ends = ("div.", "fail", *(["prun"] if pruned else []), "miss")
+    for heading in ("done", "now", *ends, "best\nselect", "mean\nreport"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("chosen")
     for row in status.arm_cells:
-        counts = [str(n or "-") for n in (row.n_running, row.n_diverged, row.n_failed, row.n_missing)]
+        ended = (row.n_diverged, row.n_failed, *([row.n_pruned] if pruned else []), row.n_missing)
+        counts = [str(n or "-") for n in (row.n_running, *ended)]
         numbers = (number_text(row.best_select), number_text(row.mean_report))
         chosen = row.not_run or settings_text(row.settings or {})
         done = f"{row.n_finished}/{row.n_runs}"
         table.add_row(*(Text(text) for text in (row.arm, row.cell, done, *counts, *numbers, chosen)))
     console.print(table)
+    for row in status.arm_cells:
+        for point in row.front:
+            values = ", ".join(f"{name} = {value:.6g}" for name, value in point["values"].items())
+            console.print(Text(f"front: {row.arm} | {row.cell} | {values} | {settings_text(point['settings'])}"))
     for failure in status.failures:
         where = f"{failure.arm} | {failure.cell} | {failure.role} seed {failure.seed} | {failure.key}"
         console.print(Text(f"{failure.outcome}: {where}: {failure.reason}"))

@@ -12,6 +12,7 @@ from experiments.config import flatten, merged, read_toml
 from experiments.errors import UserError, nearest
 from experiments.recipe import RECIPES, recipe_path
 from mixers.config import StrictModel
+from sweeps.search import SearchConfig
 from sweeps.space import SearchSpace
 
 DEFINITIONS = Path(__file__).parent / "definitions"
@@ -65,17 +66,41 @@ class BudgetConfig(StrictModel):
         return self
 
 
-class SearchConfig(StrictModel):
-    """How tuning settings are found: ``spread`` and ``random`` are fixed before anything runs, ``tpe`` adapts."""
+class FreeDimension(StrictModel):
+    """The whole number of an arm that [match] solves: an option of one of its mixers, or a setting of the model.
 
-    sampler: Literal["spread", "tpe", "random"] = "spread"
+    name: ``n_subkeys``, ``fwpkm.n_subkeys`` where several mixers have such an option, or ``model.d_model``.
+    """
+
+    name: str
+    multiple_of: int = Field(1, gt=0)
+    at_most: int | None = Field(None, gt=0)
+
+
+class MatchConfig(StrictModel):
+    """What is held equal across arms in every cell. ``target`` is a number or the name of an arm.
+
+    of: count the whole model, as recorded under ``cost/``, or its mixers alone.
+    """
+
+    quantity: Literal["parameters", "state_bytes", "flops_per_token"]
+    target: float | str
+    tolerance: float = Field(0.05, gt=0, lt=1, description="largest relative distance from the target")
+    of: Literal["model", "mixers"] = "model"
+
+    @field_validator("target")
+    @classmethod
+    def _target(cls, target: float | str) -> float | str:
+        if not isinstance(target, str) and target <= 0:
+            raise ValueError(f"must be above 0, got {target:g}")
+        return target
 
 
 class SweepConfig(StrictModel):
     """One question. ``arms`` x ``vary`` are the arm-cells; each is tuned over ``tune`` and then run with every seed.
 
     base: overrides of the experiment that all runs share; after :func:`load_sweep` it holds the experiment as well.
-    arms: name -> overrides; ``mixer`` is short for ``model.pattern``.
+    arms: name -> overrides; ``mixer`` is short for ``model.pattern``, ``free`` names the dimension that [match] solves.
     vary: dotted path -> values, crossed. tune: dotted path -> search space.
     """
 
@@ -90,6 +115,7 @@ class SweepConfig(StrictModel):
     vary: dict[str, Any] = Field(default_factory=dict)
     tune: dict[str, SearchSpace] = Field(default_factory=dict)
     search: SearchConfig = SearchConfig()
+    match: MatchConfig | None = None
 
     @field_validator("name")
     @classmethod
@@ -144,10 +170,12 @@ class SweepConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        self._check_match()
         if self.tune and not self.budget.tune_trials:
             raise ValueError("budget.tune_trials must be at least 1 where there is a [tune], got 0")
         if self.budget.tune_trials and not self.tune:
             raise ValueError(f"budget.tune_trials = {self.budget.tune_trials}, but there is no [tune] to search")
+        self.search.check(self.tune, self.budget.tune_trials, self.metric.select)
         touched = {
             "base": set(flatten(self.base)),
             **{f"arms.{arm}": set(flatten(arm_overrides(values))) for arm, values in self.arms.items()},
@@ -173,10 +201,46 @@ class SweepConfig(StrictModel):
                     raise ValueError(f"tune: {tuned} would overrule {other} of [{section}]; give it in one place")
         return self
 
+    @property
+    def free_dimensions(self) -> dict[str, FreeDimension | None]:
+        """Of all arms that [match] holds to its target; None: nothing to solve, the arm must meet it as it is."""
+        frees: dict[str, FreeDimension | None] = {}
+        for arm, values in self.arms.items() if self.match is not None else ():
+            free = values.get("free")
+            if free is None:
+                frees[arm] = None
+            elif free is not False:
+                table = {"name": free} if isinstance(free, str) else free
+                if not isinstance(table, dict):
+                    way_out = 'free = "n_subkeys", free = { name = "key_dim", multiple_of = 8 } or free = false'
+                    raise UserError(f"sweep {self.name}: arms.{arm}: write {way_out}, got {free!r}")
+                frees[arm] = FreeDimension.parse(table, f"sweep {self.name}: arms.{arm}.free")
+        return frees
+
+    def _check_match(self) -> None:
+        having = [arm for arm, values in self.arms.items() if "free" in values]
+        if self.match is None:
+            if having:
+                raise ValueError(f"arms.{having[0]}: free is for [match], and there is none")
+            return
+        target = self.match.target
+        if isinstance(target, str) and target not in self.arms:
+            raise ValueError(f"match: target: there is no arm {target!r}{nearest(target, list(self.arms))}")
+        if target in having:
+            raise ValueError(f"match: target: arm {target!r} can't have a free dimension: the others are held to it")
+        if tuned := next((path for path in self.tune if path.startswith("model.")), None):
+            raise ValueError(f"tune: {tuned} would change the model, whose {self.match.quantity} [match] holds equal")
+        for arm, free in self.free_dimensions.items():
+            if free is None:
+                continue
+            for section, values in (("arms." + arm, arm_overrides(self.arms[arm])), ("vary", self.vary)):
+                if other := _first_overlap(free.name, set(flatten(values))):
+                    raise ValueError(f"arms.{arm}: free: {free.name} is also given in [{section}] as {other}")
+
 
 def arm_overrides(values: dict[str, Any]) -> dict[str, Any]:
-    """An arm's overrides with ``mixer`` written out as ``model.pattern``."""
-    rest = {key: value for key, value in values.items() if key != "mixer"}
+    """An arm's overrides of the experiment, with ``mixer`` written out as ``model.pattern``."""
+    rest = {key: value for key, value in values.items() if key not in ("mixer", "free")}
     return merged(rest, {"model.pattern": values["mixer"]}) if "mixer" in values else merged({}, rest)
 
 

@@ -41,6 +41,7 @@ from sweeps.lock import driver_lock
 from sweeps.mirror import SweepMirror, open_store
 from sweeps.plan import Plan, PlannedRun, plan
 from sweeps.progress import ArmCellProgress
+from sweeps.pruning import ask_to_prune, forget_pruning
 from sweeps.resources import require_gpus, resources_for
 from sweeps.saved import SavedSweep, write_saved
 from sweeps.tuning import Tuning, open_journal
@@ -119,7 +120,9 @@ def run_sweep(
     with driver_lock(folder):
         mirror = SweepMirror.prepare(planned, runs) if tracked else None
         if retry_failed:
-            _reopen_failed(folder)
+            _reopen(folder, "failed")
+        if sweep.search.pruner == "none":
+            _reopen(folder, "pruned")  # the end of a search that had a pruner, but no result of this one
         stop = StopSignals()
         driver = Driver(planned, runs, view, stop, mirror)
         resources = resources_for(planned, n_workers, driver.n_missing, gpus, per_gpu)
@@ -218,6 +221,7 @@ class Driver:
             tune={path: space.model_dump(exclude_unset=True) for path, space in sweep.tune.items()},
             runs=[run for arm_cell in self.arm_cells for run in arm_cell.saved_runs()],
             chosen={name: choice for name, choice in choices.items() if choice is not None},
+            match=self.plan.match_json(),
         )
         write_saved(self.runs, saved)
 
@@ -272,6 +276,8 @@ class Driver:
         elif isinstance(event, Reported):
             shown = (identity.key, identity.arm, identity.cell, event.worker, event.step, event.n_steps, event.metrics)
             self.view.show(RunProgress(*shown, event.note))
+            if event.evaluated and (reason := arm_cell.reason_to_prune(run, event.step, event.metrics)):
+                ask_to_prune(run_folder(self.runs, identity.sweep, run.key), reason)
         elif isinstance(event, (Ended, Lost)):
             self._end(run, arm_cell, event)
 
@@ -396,11 +402,12 @@ class Driver:
         )
 
 
-def _reopen_failed(folder: Path) -> None:
-    """Let failed runs be tried again. Their MLflow run and checkpoint stay with them."""
+def _reopen(folder: Path, ended: str) -> None:
+    """Let runs that ended in a certain way be tried again. Their MLflow run and checkpoint stay with them."""
     for path in sorted(folder.glob("*/outcome.json")):
         outcome = read_outcome(path.parent)
-        if outcome is not None and outcome.outcome == "failed":
+        if outcome is not None and outcome.outcome == ended:
+            forget_pruning(path.parent)
             reopen(path.parent, outcome)
 
 

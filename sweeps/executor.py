@@ -50,7 +50,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Reported:
-    """A job's progress: ``step`` of ``n_steps``, and newest metrics."""
+    """A job's progress: ``step`` of ``n_steps``, and newest metrics; ``evaluated`` where select was, at this step."""
 
     key: str
     worker: int
@@ -58,6 +58,7 @@ class Reported:
     n_steps: int
     metrics: dict[str, float | None]
     note: str = ""
+    evaluated: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from experiments.errors import UserError
 from experiments.pattern import parse_pattern
 from experiments.records import RunIdentity
 from sweeps.definition import TUNING_SEED, SweepConfig, arm_overrides
+from sweeps.match import Matched, matched_values
+from sweeps.search import refuse_unevaluated
 from sweeps.space import design
 
 ALL = "all"  # label of the only cell of a sweep without [vary]
@@ -39,7 +41,7 @@ class ArmCell:
     """One arm in one cell: ``n_trials`` tuning runs choose the settings with which every seed is then run.
 
     ``values`` are the experiment's values but for tuned settings and seed. ``trial_settings`` is the fixed design,
-    empty where an adaptive sampler proposes the settings.
+    empty where an adaptive sampler proposes the settings. ``matched`` is what [match] made of it.
     """
 
     sweep: SweepConfig
@@ -49,6 +51,7 @@ class ArmCell:
     values: dict[str, Any]
     trial_settings: tuple[dict[str, Any], ...]
     n_trials: int
+    matched: Matched | None = None
 
     @property
     def name(self) -> str:
@@ -115,6 +118,13 @@ class Plan:
         """Arm -> pattern. Where the pattern itself is varied, the one of the first cell."""
         return {arm_cell.arm: arm_cell.pattern for arm_cell in self.arm_cells[: len(self.sweep.arms)]}
 
+    def match_json(self) -> dict[str, Any]:
+        """The [match] table, with what every arm-cell reached; empty without one."""
+        if self.sweep.match is None:
+            return {}
+        held = {arm_cell.name: arm_cell.matched.to_json() for arm_cell in self.arm_cells if arm_cell.matched}
+        return {**self.sweep.match.model_dump(), "reached": held}
+
     def count(self) -> str:
         """``2 arms x 3 cells x (12 tuning + 5 seeds) = 102 runs``."""
         n_trials = self.arm_cells[0].n_trials
@@ -127,27 +137,37 @@ class Plan:
 def plan(sweep: SweepConfig) -> Plan:
     """The sweep's arm-cells, every config of which has been checked.
 
-    Raises :class:`UserError` for a setting that the experiment refuses, a pattern that can't be built, and for two
-    arm-cells that resolve to the same run.
+    Raises :class:`UserError` for a setting that the experiment refuses, a pattern that can't be built, an arm that
+    can't meet [match], and for two arm-cells that resolve to the same run.
     """
-    adaptive = sweep.search.sampler == "tpe"
-    settings = design(sweep.tune, sweep.budget.tune_trials, sweep.search.sampler) if sweep.tune and not adaptive else ()
-    n_trials = sweep.budget.tune_trials if adaptive else len(settings)
-    arm_cells = tuple(
-        ArmCell(sweep, arm, label, factors, _values(sweep, arm, factors), settings, n_trials)
-        for label, factors in _cells(sweep).items()
-        for arm in sweep.arms
-    )
+    search, n_trials = sweep.search, sweep.budget.tune_trials
+    settings: tuple[dict[str, Any], ...] = ()
+    if sweep.tune and not search.adaptive:
+        settings = design(sweep.tune, n_trials, search.sampler, search.options)
+        n_trials = len(settings)
+    frees = sweep.free_dimensions
+    arm_cells: list[ArmCell] = []
+    for label, factors in _cells(sweep).items():
+        arms = {arm: _values(sweep, arm, factors) for arm in sweep.arms}
+        if sweep.match is None:
+            found = {arm: (values, None) for arm, values in arms.items()}
+        else:
+            found = matched_values(sweep.match, frees, arms, f"sweep {sweep.name}, cell {label}")
+        arm_cells += [
+            ArmCell(sweep, arm, label, factors, values, settings, n_trials, matched)
+            for arm, (values, matched) in found.items()
+        ]
     first_with_key: dict[str, ArmCell] = {}
     models: dict[Any, tuple[ExperimentConfig, str]] = {}
     for arm_cell in arm_cells:
         for tried in settings or _corners(sweep):
             run = arm_cell.trial(0, tried)
+            refuse_unevaluated(search, run.config.train.eval_every, arm_cell.place)
             _refuse_twin(first_with_key.setdefault(run.key, arm_cell), arm_cell)
             models.setdefault((run.config.model, run.config.task, run.config.state), (run.config, arm_cell.place))
     for config, place in models.values():
         _validate(config, place)
-    return Plan(sweep, arm_cells)
+    return Plan(sweep, tuple(arm_cells))
 
 
 def _cells(sweep: SweepConfig) -> dict[str, dict[str, Any]]:

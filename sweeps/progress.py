@@ -81,6 +81,14 @@ class ArmCellProgress:
         self.tuning.tell(run, outcome)
         return self._choose()
 
+    def reason_to_prune(self, run: PlannedRun, step: int, metrics: dict[str, float | None]) -> str:
+        """Why a tuning trial that reached these values at ``step`` is to end now; nothing while it may go on."""
+        value = metrics.get(self._metric(run))
+        if self.tuning is None or run.trial is None or value is None or not self.tuning.prunes(run, step, value):
+            return ""
+        search = self.arm_cell.sweep.search
+        return f"{search.pruner} pruner: {self._metric(run)} = {value:.4g} at step {step}"
+
     def value(self, run: PlannedRun, outcome: RunOutcome) -> float | None:
         """The metric that counts for this run: select while tuning, report for a replicate."""
         return outcome.metrics.get(self._metric(run))
@@ -103,6 +111,7 @@ class ArmCellProgress:
             "key": choice.key,
             "trial": choice.trial,
             "reason": choice.reason,
+            **({"front": list(choice.front)} if choice.front else {}),
         }
 
     def _choose(self) -> Choice | None:

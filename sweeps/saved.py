@@ -29,7 +29,8 @@ class SavedRun:
 @dataclass(frozen=True)
 class SavedSweep:
     """A sweep as planned. ``metric`` has select, report, direction; ``arms`` name -> pattern; ``cells`` label ->
-    factors; ``chosen`` "arm | cell" -> the tuned settings and the select value that they reached."""
+    factors; ``chosen`` "arm | cell" -> the tuned settings and the select value that they reached;
+    ``match`` the [match] table with ``reached``, "arm | cell" -> value, target and cost. Empty without one."""
 
     name: str
     question: str
@@ -41,6 +42,7 @@ class SavedSweep:
     tune: dict[str, Any] = field(default_factory=dict)
     runs: list[SavedRun] = field(default_factory=list)
     chosen: dict[str, dict[str, Any]] = field(default_factory=dict)
+    match: dict[str, Any] = field(default_factory=dict)
 
 
 def write_saved(runs: Path, saved: SavedSweep) -> None:

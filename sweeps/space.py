@@ -12,6 +12,7 @@ from pydantic import model_validator
 
 from mixers.config import StrictModel
 
+DESIGNS = ("spread", "random", "qmc", "grid")  # searches that are known before anything runs
 Scalar = bool | int | float | str
 # Fixes the shift of the quasi-random design and the draws of the random one. Changing it changes every tuning run.
 DESIGN_SEED = 20_210_601
@@ -83,13 +84,21 @@ class SearchSpace(StrictModel):
         return min(max(float(f"{value:.6g}"), low), high)
 
 
-def design(spaces: dict[str, SearchSpace], n: int, sampler: str) -> tuple[dict[str, Any], ...]:
+def design(
+    spaces: dict[str, SearchSpace], n: int, sampler: str, options: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], ...]:
     """``n`` distinct settings, the same on every machine and in whatever order the trials end.
 
     ``spread`` covers the space evenly: one parameter is a grid with both ends, on its own scale; several follow a
-    Halton sequence (Halton 1960) with one seeded shift modulo 1 (Cranley & Patterson 1976). ``random`` draws
-    independently. A discrete space with no more than ``n`` points is listed whole, so fewer than ``n`` may come back.
+    Halton sequence (Halton 1960) with one seeded shift modulo 1 (Cranley & Patterson 1976). ``qmc`` is such a sequence
+    for any number, Sobol's (1967) or Halton's. ``random`` draws independently. Of these, a discrete space with no more
+    than ``n`` points is listed whole, so fewer than ``n`` may come back. ``grid`` is the product of all values of
+    discrete spaces and of evenly spaced values of continuous ones, see :func:`check_grid`.
     """
+    if sampler == "grid":
+        n_points = check_grid(spaces, n, (options or {}).get("points", {}))
+        axes = [space.values or _evenly(space, n_points[path]) for path, space in spaces.items()]
+        return tuple(dict(zip(spaces, point, strict=True)) for point in itertools.product(*axes))
     counts = [len(space.values) for space in spaces.values() if space.values is not None]
     if len(counts) == len(spaces) and math.prod(counts) <= n:
         return tuple(
@@ -99,7 +108,8 @@ def design(spaces: dict[str, SearchSpace], n: int, sampler: str) -> tuple[dict[s
     if sampler == "spread" and len(spaces) == 1:
         (path, space) = next(iter(spaces.items()))
         return tuple({path: value} for value in _evenly(space, n))
-    points = _halton(len(spaces)) if sampler == "spread" else _uniform(len(spaces))
+    kind = {"spread": "halton", "qmc": (options or {}).get("kind", "sobol")}.get(sampler)
+    points = _uniform(len(spaces)) if kind is None else _quasi_random(len(spaces), kind)
     found: dict[str, dict[str, Any]] = {}
     for point in itertools.islice(points, n * DRAWS_PER_TRIAL):
         settings = {path: space.at(float(u)) for (path, space), u in zip(spaces.items(), point, strict=True)}
@@ -118,12 +128,35 @@ def _evenly(space: SearchSpace, n: int) -> list[Scalar]:
     return [values[round(i * (len(values) - 1) / (n - 1))] for i in range(n)]
 
 
-def _halton(n_dims: int) -> Iterator[np.ndarray]:
+def check_grid(spaces: dict[str, SearchSpace], n: int, points: dict[str, int]) -> dict[str, int]:
+    """Points of every setting of a grid of exactly ``n``. Continuous settings without a number share what is left.
+
+    Raises ValueError when ``n`` is not such a product: a part of a grid would not be the same for all settings.
+    """
+    for path, count in points.items():
+        if path not in spaces or spaces[path].values is not None:
+            raise ValueError(f"search: options: points of {path}: not a continuous setting of [tune]")
+        if count < 1:
+            raise ValueError(f"search: options: points of {path} must be at least 1, got {count}")
+    counts = {path: len(space.values) for path, space in spaces.items() if space.values is not None} | points
+    left = [path for path in spaces if path not in counts]
+    whole = math.prod(counts.values())
+    share = round((n / whole) ** (1 / len(left))) if left else 1
+    counts |= dict.fromkeys(left, max(share, 1))
+    if math.prod(counts.values()) != n:
+        told = " x ".join(f"{counts[path]} of {path}" for path in spaces)
+        raise ValueError(
+            f"search: a grid of {told} has {math.prod(counts.values())} points, not budget.tune_trials = {n}"
+        )
+    return {path: counts[path] for path in spaces}
+
+
+def _quasi_random(n_dims: int, kind: str) -> Iterator[np.ndarray]:
     from scipy.stats import qmc  # takes a third of a second to import, and few commands need it
 
     # Our own shift instead of scipy's scrambling: keys must survive another version of scipy.
     shift = np.random.default_rng(DESIGN_SEED).random(n_dims)
-    sequence = qmc.Halton(n_dims, scramble=False)
+    sequence = (qmc.Sobol if kind == "sobol" else qmc.Halton)(n_dims, scramble=False)
     while True:
         yield (sequence.random(1)[0] + shift) % 1.0
 

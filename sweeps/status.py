@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments.config import flatten
 from experiments.errors import UserError
 from experiments.records import FINAL_OUTCOMES, RunRecord, finite, read_run, run_folder
 from sweeps.lock import driver_runs
@@ -27,11 +28,24 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class TrialStatus:
+    """A tuning trial that has been started. ``outcome`` is "" while it has none; ``value`` is its select metric."""
+
+    trial: int
+    key: str
+    settings: dict[str, Any]
+    outcome: str
+    value: float | None
+
+
+@dataclass(frozen=True)
 class ArmCellStatus:
     """Runs of one arm-cell by state. ``missing``: planned, not running, and without a final outcome.
 
     ``best_select`` is over tuning trials (over replicates where nothing is tuned), ``mean_report`` over replicates;
-    both over finished runs only. ``not_run`` says why replicates will not be run.
+    both over finished runs only.
+    ``not_run`` says why replicates will not be run. ``front``: the Pareto front of a search with objectives, once it is
+    over.
     """
 
     arm: str
@@ -47,6 +61,8 @@ class ArmCellStatus:
     mean_report: float | None
     settings: dict[str, Any] | None
     not_run: str = ""
+    trials: list[TrialStatus] = field(default_factory=list)
+    front: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -155,4 +171,19 @@ def _row(
         mean_report=sum(report) / len(report) if report else None,
         settings=choice["settings"] if choice else None,
         not_run=not_run,
+        front=choice.get("front", []) if choice else [],
+        trials=[
+            _trial(saved, run, record) for run in planned if run.trial is not None and (record := records[run.key])
+        ],
+    )
+
+
+def _trial(saved: SavedSweep, run: SavedRun, record: RunRecord) -> TrialStatus:
+    settings, outcome = flatten(record.config), record.outcome
+    return TrialStatus(
+        trial=run.trial,
+        key=run.key,
+        settings={path: settings.get(path) for path in saved.tune},
+        outcome=outcome.outcome if outcome else "",
+        value=outcome.metrics.get(saved.metric["select"]) if outcome else None,
     )

@@ -28,7 +28,7 @@ from typing import Any, TextIO
 
 from experiments.config import ExperimentConfig
 from experiments.errors import UserError
-from experiments.progress import Interrupted, Progress
+from experiments.progress import Interrupted, Progress, Pruned
 from experiments.records import (
     RunIdentity,
     RunOutcome,
@@ -41,6 +41,7 @@ from experiments.records import (
 )
 from mixers.cli import load_plugins
 from sweeps.executor import TARGET
+from sweeps.pruning import prune_reason
 
 # A write of at most PIPE_BUF bytes arrives whole or not at all, however full the pipe is.
 MAX_EVENT_BYTES = 4000
@@ -106,10 +107,12 @@ class EventPipe:
     def progress(self, progress: Progress) -> None:
         """Send at most every ``PROGRESS_EVERY_S``, and never wait: a suspended driver must not stop a training."""
         now = time.monotonic()
-        if now - self._sent_at < PROGRESS_EVERY_S and progress.step < progress.n_steps:
+        soon = now - self._sent_at < PROGRESS_EVERY_S
+        if soon and progress.step < progress.n_steps and not progress.evaluated:
             return
         self._sent_at = now
         event = {"event": "progress", "step": progress.step, "n_steps": progress.n_steps, "note": progress.note[:200]}
+        event["evaluated"] = progress.evaluated
         metrics: dict[str, float | None] = {}
         for name, value in progress.metrics.items():
             if not isinstance(value, (int, float)):
@@ -156,6 +159,8 @@ def run_job(
     def on_progress(progress: Progress) -> None:
         interrupt.check()
         pipe.progress(progress)
+        if identity.role == "tuning" and (reason := prune_reason(folder)):
+            raise Pruned(reason)
 
     with output_to(folder / "log.txt"):
         pipe.send("started")

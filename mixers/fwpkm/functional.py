@@ -20,9 +20,11 @@ from mixers.product_keys import Score
 Scope = Literal["sequence", "shared"]
 UpdateScale = Literal["paper", "released"]
 IMPLEMENTATIONS = ("auto", "reference", "sparse", "triton")
-# The Triton kernels work on a copy of the whole table for each memory. In scope ``sequence`` that is one for each
-# sequence, so above this size of a table ``auto`` takes the form that copies only the rows that are read.
-LARGEST_COPIED_TABLE_BYTES = 32 * 2**20
+# In scope ``sequence`` the Triton kernels work on a copy of the whole table for every sequence, with 8 of 512 MiB still
+# faster than copied rows (6.3 against 22 ms forward on an H200): up to the paper's table ``auto`` takes them. The
+# readable path makes passes over these copies as well, so it gives way to ``sparse`` much earlier.
+LARGEST_TRITON_TABLE_BYTES = 512 * 2**20
+LARGEST_REFERENCE_TABLE_BYTES = 32 * 2**20
 
 
 class FastWeightOutput(NamedTuple):
@@ -236,8 +238,10 @@ def choose_impl(
     """The implementation that runs for ``impl`` on ``device``: ``reference``, ``sparse`` or ``triton``.
 
     ``auto`` on CUDA: ``triton`` where it has kernels for the options, sizes and dtype, unless scope ``sequence`` would
-    copy a table (N,V) of more than 32 MiB for every sequence; else ``sparse`` where the options have that form; else
-    ``reference``. Elsewhere it goes by :func:`resolve_impl`. It depends neither on B nor on T.
+    copy a table (N,V) of more than 512 MiB for every sequence; else ``reference``, which on an H200 was up to 1.5 times
+    faster than ``sparse`` (n from 32 to 512, K = V from 64 to 512), or ``sparse`` where scope ``sequence`` would copy
+    more than 32 MiB for every sequence. Elsewhere it goes by :func:`resolve_impl`. It depends neither on B nor on T:
+    many sequences with large tables may need ``impl="sparse"`` to fit the card.
 
     Raises:
         UserError: an unknown name; or ``triton`` without its package or a kernel, naming ``place`` and the reason.
@@ -253,10 +257,12 @@ def choose_impl(
         return "triton"
     if impl != "auto" or device.type != "cuda":
         return resolve_impl(impl, options, n_slots)
-    is_copied = scope == "sequence" and n_slots * value_dim * dtype.itemsize > LARGEST_COPIED_TABLE_BYTES
-    if not is_copied and not _why_not_triton(options, math.isqrt(n_slots), value_dim, device, dtype):
+    copied_bytes = n_slots * value_dim * dtype.itemsize if scope == "sequence" else 0
+    if copied_bytes <= LARGEST_TRITON_TABLE_BYTES and not _why_not_triton(
+        options, math.isqrt(n_slots), value_dim, device, dtype
+    ):
         return "triton"
-    return "reference" if why_not_sparse(options) else "sparse"
+    return "sparse" if copied_bytes > LARGEST_REFERENCE_TABLE_BYTES and not why_not_sparse(options) else "reference"
 
 
 @torch.compiler.disable
@@ -269,8 +275,7 @@ def _why_not_triton(
     # Not at the top: triton is optional, and slow to import.
     from mixers.fwpkm.triton_chunks import unsupported
 
-    shape_of = torch.empty(0, value_dim, dtype=dtype, device=device)
-    why = unsupported(shape_of, shape_of, n_subkeys, options)
+    why = unsupported(device, dtype, n_subkeys, value_dim, options)
     return why and f"no kernel for {why}"
 
 

@@ -3,12 +3,13 @@
 Same mathematics as :mod:`mixers.fwpkm.reference`, in an order of its own. Without ``value_loss_to_keys`` the keys never
 depend on the values, so the call runs in three parts:
 
-    A. for every chunk: rank sub-keys, address, mean use, addressing step             (6 launches)
+    A. for every chunk: rank sub-keys, address, mean use, addressing step             (4 launches)
     B. one stable sort of all (chunk, slot) accesses of the call                      (no launch depends on its result)
     C. for every chunk: read and take the errors, step the rows that were read        (2 launches)
 
-and the backward in the opposite order, from the rows that each chunk overwrote and the keys that it used: C' 2 launches
-a chunk, A' 5. Nothing in the loops waits for the device, allocates, or has a size that depends on data, so a call
+A and C run on two streams: the keys go ahead, the values follow some chunks behind, with one sort for those chunks.
+The backward goes in the opposite order, from the rows that each chunk overwrote and the keys that it used: C' 2 launches
+a chunk, A' 4. Nothing in the loops waits for the device, allocates, or has a size that depends on data, so a call
 can be captured in a CUDA graph. With ``address_weight`` 0 the keys stand still and part A is two launches a chunk.
 
 Cost at B sequences, J = H*k slots a token, float32, beside inputs and outputs: forward about 4 (4 J V + 4 V + 3 H K)
@@ -35,21 +36,24 @@ from mixers.kernels.address import address
 from mixers.kernels.chunk import Chunk
 from mixers.kernels.groups import Groups, group_accesses
 from mixers.kernels.key_backward import key_direction, key_gradients
-from mixers.kernels.key_step import descend_entropy, key_pulls, key_step_backward
+from mixers.kernels.key_step import descend_entropy, key_step_backward
 from mixers.kernels.read import read_and_err
 from mixers.kernels.read_backward import chunk_backward
 from mixers.kernels.select import rank_subkeys
+from mixers.kernels.side_stream import SideStream
 from mixers.kernels.update import add_rows, step_rows
-from mixers.kernels.use import mean_use, use_parts
+from mixers.kernels.use import mean_use, uses
 
 MAX_SUBKEYS, MAX_TOP_K, MAX_VALUE_DIM = 1024, 32, 4096
+# Queries after which the two chains meet: enough for a sort's fixed cost, few enough that one chain hides the other.
+QUERIES_PER_SORT, QUERIES_PER_MEETING = 8192, 4096
 
 
-def unsupported(q: Tensor, values: Tensor, n_subkeys: int, options: ChunkOptions) -> str:
+def unsupported(device: torch.device, dtype: torch.dtype, n_subkeys: int, value_dim: int, options: ChunkOptions) -> str:
     """Why these options and sizes have no kernels here; empty when they have."""
     interpreted = triton.knobs.runtime.interpret
-    if q.device.type != "cuda" and not interpreted:
-        return f"tensors on {q.device.type}: the kernels run on cuda"
+    if device.type != "cuda" and not interpreted:
+        return f"tensors on {device.type}: the kernels run on cuda"
     for name in ("value_loss_to_keys", "clip", "weight_decay"):
         if getattr(options, name):
             return f"{name}={getattr(options, name)}"
@@ -57,10 +61,10 @@ def unsupported(q: Tensor, values: Tensor, n_subkeys: int, options: ChunkOptions
         return f"n={n_subkeys} sub-keys per half (at most {MAX_SUBKEYS})"
     if options.top_k > MAX_TOP_K:
         return f"top_k={options.top_k} (at most {MAX_TOP_K})"
-    if values.shape[-1] > MAX_VALUE_DIM:
-        return f"value width {values.shape[-1]} (at most {MAX_VALUE_DIM})"
-    if q.dtype != torch.float32 and not interpreted:
-        return f"{str(q.dtype).removeprefix('torch.')} (float32 only)"
+    if value_dim > MAX_VALUE_DIM:
+        return f"value width {value_dim} (at most {MAX_VALUE_DIM})"
+    if dtype != torch.float32 and not interpreted:
+        return f"{str(dtype).removeprefix('torch.')} (float32 only)"
     return ""
 
 
@@ -75,7 +79,7 @@ def write_chunks(
     Raises:
         UserError: an option, size, dtype or device has no kernel.
     """
-    why = unsupported(q, values, keys.shape[3], options)
+    why = unsupported(q.device, q.dtype, keys.shape[3], values.shape[-1], options)
     if why:
         raise UserError(f"fast_weight_pkm: impl='triton' has no kernel for {why}; use impl='auto' or 'reference'")
     inputs = (q, v, gate, keys, values)
@@ -118,6 +122,17 @@ def _chunks(q: Tensor, chunk_size: int) -> list[Chunk]:
     ]
 
 
+def _parts(chunks: list[Chunk], n_queries: int) -> list[list[Chunk]]:
+    """Chunks one after the other, together of at least ``n_queries`` but for the last part."""
+    n_together = max(1, -(-n_queries // chunks[0].n_queries))
+    return [chunks[first : first + n_together] for first in range(0, len(chunks), n_together)]
+
+
+def _merged(part: list[Chunk]) -> Chunk:
+    """The tokens of neighbouring chunks as one chunk."""
+    return Chunk(*part[0][:4], sum(at.n_chunk for at in part))
+
+
 def _forward(
     q: Tensor,
     v: Tensor,
@@ -139,7 +154,7 @@ def _forward(
     n_kept_keys = 1 if still or not keep else len(chunks) + 1
     all_keys = keys.new_empty(n_kept_keys, *keys.shape)
     all_keys[0] = keys
-    table = values.clone(memory_format=torch.contiguous_format)
+    table = torch.empty_like(values, memory_format=torch.contiguous_format)
     read = q.new_empty(*tokens, value_dim)
     indices = torch.empty(*tokens, n_heads, 2, top_k, dtype=torch.int32, device=q.device)
     measures, probabilities = q.new_empty(indices.shape), q.new_empty(indices.shape)
@@ -150,43 +165,50 @@ def _forward(
     squared_error = q.new_zeros(tokens)
     if not chunks:
         nothing = q.new_zeros(())
-        return ChunksOutput(read, all_keys[0], table, slots, weights, nothing, nothing.clone()), None
+        return ChunksOutput(read, all_keys[0], table.copy_(values), slots, weights, nothing, nothing.clone()), None
 
-    # A. The chain of the keys.
     n_queries = chunks[0].n_queries
     ranks = q.new_empty(n_memories, n_queries, n_heads, 2, n_subkeys)
-    if not still:
-        coefficients, pulls, parts = (
-            q.new_empty(indices.shape),
-            key_pulls(keys, n_queries),
-            use_parts(mean[0], n_queries),
-        )
-    for at in chunks:
-        here = 0 if n_kept_keys == 1 else at.start // o.chunk_size
-        now, then = all_keys[here], all_keys[min(here + 1, n_kept_keys - 1)]
-        rank_subkeys(q, now, ranks, at, o.score)
-        address(
-            q, now, ranks, indices, measures, probabilities, pairs, slots, weights, at, o.score, o.temperature
-        )  # fmt: skip
-        if not still:
-            used = mean[at.start // o.chunk_size]
-            mean_use(indices, probabilities, parts, used, at)
-            descend_entropy(
-                q, now, indices, measures, probabilities, used, coefficients, pulls, then, at, o.score, o.lr,
-                o.address_weight,
-            )  # fmt: skip
-
-    # B. Which accesses of a chunk go to the same row.
-    groups = group_accesses(slots, values.shape[1], o.chunk_size)
-
-    # C. The chain of the values.
+    found = None if still else uses(indices, mean[0], n_queries)
     pair_weight = _pair_weight(q, gate, mask, o)
     scale = _scale(q, mask, o)
-    error = q.new_empty(n_memories, chunks[0].n_queries, value_dim)
+    error = q.new_empty(n_memories, n_queries, value_dim)
     overwritten = q.new_empty(slots.numel(), value_dim) if keep else None
-    for c, at in enumerate(chunks):
-        read_and_err(table, slots, weights, v, pair_weight, read, error, squared_error, at, o.lookahead)
-        step_rows(table, error, weights, scale[c], groups, overwritten, at)
+    groups = Groups(*(torch.empty(slots.numel(), dtype=torch.int64, device=q.device) for _ in Groups._fields))
+    side = SideStream(q.device, beside=len(chunks) > 1)
+    side.wait()
+    table.copy_(values)
+    for part in _parts(chunks, QUERIES_PER_SORT):
+        # A. The chain of the keys runs ahead.
+        with side.run():
+            for at in part:
+                here = 0 if n_kept_keys == 1 else at.start // o.chunk_size
+                now, then = all_keys[here], all_keys[min(here + 1, n_kept_keys - 1)]
+                rank_subkeys(q, now, ranks, at, o.score)
+                address(
+                    q, now, ranks, indices, measures, probabilities, pairs, slots, weights, at, o.score, o.temperature
+                )  # fmt: skip
+                if not still:
+                    used = mean[at.start // o.chunk_size]
+                    mean_use(indices, probabilities, found, used, at)
+                    descend_entropy(
+                        q, now, indices, measures, probabilities, used, found, then, at, o.score, o.lr,
+                        o.address_weight,
+                    )  # fmt: skip
+        side.join()
+
+        # B. Which accesses of a chunk go to the same row.
+        start, end = part[0].start, part[-1].start + part[-1].n_chunk
+        per_token = n_memories * n_rows * n_read
+        for whole, of_part in zip(
+            groups, group_accesses(slots, values.shape[1], o.chunk_size, start, end), strict=True
+        ):
+            whole[start * per_token : end * per_token] = of_part
+
+        # C. The chain of the values.
+        for at in part:
+            read_and_err(table, slots, weights, v, pair_weight, read, error, squared_error, at, o.lookahead)
+            step_rows(table, error, weights, scale[at.start // o.chunk_size], groups, overwritten, at)
 
     n_pairs = n_memories * n_rows * sum(max(at.n_chunk - o.lookahead, 0) for at in chunks)
     out = ChunksOutput(
@@ -308,40 +330,48 @@ def _backward(
     d_v = torch.zeros_like(v)
     d_pair_weight = torch.empty_like(kept.pair_weight)
     d_half = torch.empty_like(kept.measures)
-    for at in reversed(chunks):
-        chunk_backward(
-            later, kept.overwritten, kept.slots, group_of, factors, kept.weights, kept.pairs, kept.read, v,
-            kept.pair_weight, d_out, d_weights, o.temperature, d_read, d_v, d_pair_weight, d_half, at, o.lookahead,
-            n_heads,
-        )  # fmt: skip
-        if at.start > 0 or needs_values:
-            add_rows(later, d_read, kept.weights, groups, at)
-
-    # A'. Derivative of the keys after each chunk; the last chunk's step matters only to the keys that go on.
     d_q = torch.empty_like(q)
     coefficients, later_coefficients = torch.empty_like(d_half), torch.zeros_like(d_half)
     directions, tangents = torch.empty_like(d_half), torch.empty_like(d_half)
     mean_tangent = q.new_zeros(n_memories, 2, n_subkeys)
-    n_queries = (q.shape[1] * q.shape[2]) if still else chunks[0].n_queries
-    pulls, parts = key_pulls(kept.keys[0], n_queries), use_parts(mean_tangent, n_queries)
+    parts = _parts(chunks, QUERIES_PER_MEETING)
+    found = uses(kept.indices, mean_tangent, (_merged(parts[0]) if still else chunks[0]).n_queries)
     d_keys = q.new_zeros(keys_shape) if d_keys is None else d_keys.clone(memory_format=torch.contiguous_format)
-    for at in [Chunk(*q.shape[:3], 0, q.shape[2])] if still else reversed(chunks):
-        here = at.start // o.chunk_size
-        keys = kept.keys[here]
-        if not still:
-            key_direction(
-                q, keys, d_keys, kept.indices, kept.measures, kept.probabilities, directions, tangents, at, o.score
+    side = SideStream(q.device, beside=len(chunks) > 1)
+    for part in reversed(parts):
+        for at in reversed(part):
+            chunk_backward(
+                later, kept.overwritten, kept.slots, group_of, factors, kept.weights, kept.pairs, kept.read, v,
+                kept.pair_weight, d_out, d_weights, o.temperature, d_read, d_v, d_pair_weight, d_half, at, o.lookahead,
+                n_heads,
             )  # fmt: skip
-            mean_use(kept.indices, tangents, parts, mean_tangent, at)
-        key_gradients(
-            q, keys, None if still else d_keys, kept.indices, kept.measures, kept.probabilities, directions, tangents,
-            d_half, kept.mean[here], mean_tangent, d_q, coefficients, later_coefficients, at, o.score, o.lr,
-            o.address_weight,
-        )  # fmt: skip
-        if at.start > 0 or needs_keys:
-            key_step_backward(
-                q, keys, kept.indices, coefficients, later_coefficients, pulls, d_keys, d_keys, at, o.score
-            )  # fmt: skip
+            if at.start > 0 or needs_values:
+                add_rows(later, d_read, kept.weights, groups, at)
+
+        # A'. Derivative of the keys after each chunk; the last chunk's step matters only to the keys that go on.
+        side.wait()
+        with side.run():
+            # Keys that stand still are the same for all chunks.
+            for at in [_merged(part)] if still else reversed(part):
+                here = 0 if still else at.start // o.chunk_size
+                keys = kept.keys[here]
+                if still:
+                    # Only for the lists: who names which sub-key.
+                    mean_use(kept.indices, kept.probabilities, found, mean_tangent, at)
+                else:
+                    key_direction(
+                        q, keys, d_keys, kept.indices, kept.measures, kept.probabilities, directions, tangents, at,
+                        o.score,
+                    )  # fmt: skip
+                    mean_use(kept.indices, tangents, found, mean_tangent, at)
+                key_gradients(
+                    q, keys, None if still else d_keys, kept.indices, kept.measures, kept.probabilities, directions,
+                    tangents, d_half, kept.mean[here], mean_tangent, d_q, coefficients, later_coefficients, at,
+                    o.score, o.lr, o.address_weight,
+                )  # fmt: skip
+                if at.start > 0 or needs_keys:
+                    key_step_backward(q, keys, coefficients, later_coefficients, found, d_keys, d_keys, at, o.score)
+    side.join()
     return d_q, d_v, d_pair_weight, d_keys if needs_keys else None, later if needs_values else None
 
 

@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mixers.kernels.chunk import Chunk, token_of
 from mixers.kernels.launch import launch
+from mixers.kernels.use import Uses, parts_of
 from mixers.product_keys import IDW_EPS
 
 ENTROPY_EPS = 1e-8
-QUERIES_PER_SPLIT, MAX_SPLITS = 128, 16
-
-
-class KeyPulls(NamedTuple):
-    """Scratch of the key step: the sums of each split of a chunk's queries, P = :func:`n_splits` of them.
-
-    pulls (P,M,H,2,n,K/2). sums (2,P,M,H,2,n): of the coefficients, and of the base's.
-    """
-
-    pulls: Tensor
-    sums: Tensor
-
-
-def n_splits(n_queries: int) -> int:
-    """Parts in which a chunk's queries are summed, each by programs of its own."""
-    return min(MAX_SPLITS, triton.cdiv(n_queries, QUERIES_PER_SPLIT))
-
-
-def key_pulls(keys: Tensor, n_queries: int) -> KeyPulls:
-    """Scratch for keys (M,H,2,n,K/2) and chunks of up to ``n_queries`` a memory."""
-    parts = n_splits(n_queries)
-    return KeyPulls(keys.new_empty(parts, *keys.shape), keys.new_empty(2, parts, *keys.shape[:-1]))
 
 
 @triton.jit
@@ -47,153 +24,100 @@ def entropy_slope(share, mean, weight, listed, EPS: tl.constexpr):
     return slope, share * (slope - tl.sum(share * slope, axis=1)[:, None])
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_chunk", "n_tokens", "start"])
-def entropy_coefficients_kernel(
-    indices,  # (M,R,T,H,2,k) int32
-    measures,  # (M,R,T,H,2,k)
-    probabilities,  # (M,R,T,H,2,k)
-    mean,  # (M,2,n)
-    coefficients,  # out (M,R,T,H,2,k)
+@triton.jit(do_not_specialize=["n_rows", "n_chunk", "n_tokens", "start", "n_split"])
+def step_keys_kernel(
+    q,  # (M,R,T,H,K)
+    base,  # (M,H,2,n,K/2)
+    keys,  # (M,H,2,n,K/2), IDW only
+    listing,  # (M,H,2,n,P,S/P) int32
+    counts,  # (M,H,2,n,P) int32
+    indices,  # (M,R,T,H,2,k) int32, ENTROPY only
+    measures,  # (M,R,T,H,2,k), ENTROPY only
+    probabilities,  # (M,R,T,H,2,k), ENTROPY only
+    mean,  # (M,2,n), ENTROPY only
+    coefficients,  # (M,R,T,H,2,k), if not ENTROPY
+    base_coefficients,  # (M,R,T,H,2,k), BASE only
+    moved,  # out (M,H,2,n,K/2)
     lr,
     slope_weight,
     n_rows,
     n_chunk,
     n_tokens,
     start,
+    n_split,
     HEADS: tl.constexpr,
     SUBKEYS: tl.constexpr,
+    HALF: tl.constexpr,
     TOP_K: tl.constexpr,
     IDW: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BASE: tl.constexpr,
     IDW_EPS: tl.constexpr,
     ENTROPY_EPS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    memory = tl.program_id(1)
-    row = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    query = row // (2 * HEADS)
-    exists = query < n_rows * n_chunk
-    token = token_of(query, memory, n_rows, n_chunk, n_tokens, start)
-    half_head = row % (2 * HEADS)
-    place = tl.arange(0, BLOCK_K)
-    entry = (token * (2 * HEADS) + half_head)[:, None] * TOP_K + place[None, :]
-    listed = exists[:, None] & (place < TOP_K)[None, :]
-    index = tl.load(indices + entry, listed, 0)
-    share = tl.load(probabilities + entry, listed, 0.0)
-    used = tl.load(mean + ((memory * 2 + half_head % 2) * SUBKEYS)[:, None] + index, listed, 1.0)
-    _, coefficient = entropy_slope(share, used, slope_weight, listed, ENTROPY_EPS)
-    if IDW:
-        coefficient = coefficient * (2 * lr) / (IDW_EPS + tl.load(measures + entry, listed, 0.0))
-    else:
-        coefficient = coefficient * -lr
-    tl.store(coefficients + entry, coefficient, listed)
-
-
-@triton.jit(do_not_specialize=["n_rows", "n_chunk", "n_tokens", "start"])
-def pull_queries_kernel(
-    q,  # (M,R,T,H,K)
-    indices,  # (M,R,T,H,2,k) int32
-    coefficients,  # (M,R,T,H,2,k)
-    base_coefficients,  # (M,R,T,H,2,k), BASE only
-    pulls,  # out (P,M,H,2,n,K/2)
-    sums,  # out (P,M,H,2,n)
-    base_sums,  # out (P,M,H,2,n), BASE only
-    n_rows,
-    n_chunk,
-    n_tokens,
-    start,
-    HEADS: tl.constexpr,
-    SUBKEYS: tl.constexpr,
-    HALF: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BASE: tl.constexpr,
-    TILES: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    n_blocks_d: tl.constexpr = (HALF + BLOCK_D - 1) // BLOCK_D
-    block_d = tl.program_id(0) % n_blocks_d
-    subkey = tl.program_id(0) // n_blocks_d * BLOCK_N + tl.arange(0, BLOCK_N)
-    d = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    half_head = tl.program_id(2) % (2 * HEADS)
-    memory = tl.program_id(2) // (2 * HEADS)
-    first = tl.program_id(1) * (TILES * BLOCK_S)
+    key_row = tl.program_id(0).to(tl.int64)
+    half_head = tl.program_id(0) // SUBKEYS % (2 * HEADS)
+    memory = tl.program_id(0) // (SUBKEYS * 2 * HEADS)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     dtype = q.dtype.element_ty
-    pulled = tl.zeros((BLOCK_N, BLOCK_D), dtype=dtype)
-    total = tl.zeros((BLOCK_N,), dtype=dtype)
-    base_total = tl.zeros((BLOCK_N,), dtype=dtype)
-    for tile in range(TILES):
-        query = first + tile * BLOCK_S + tl.arange(0, BLOCK_S)
-        exists = query < n_rows * n_chunk
-        token = token_of(query, memory, n_rows, n_chunk, n_tokens, start)
+    part = tl.arange(0, BLOCK_P)
+    count = tl.load(counts + key_row * PARTS + part, part < PARTS, 0)
+    part_end = tl.cumsum(count, axis=0)
+    part_begin = part_end - count
+    n_listed = tl.sum(count, axis=0)
+    place = tl.arange(0, BLOCK_K)
+    pulled = tl.zeros((BLOCK_E, BLOCK_D), dtype=dtype)
+    total = tl.zeros((BLOCK_E,), dtype=dtype)
+    base_total = tl.zeros((BLOCK_E,), dtype=dtype)
+    done = 0
+    while done < n_listed:
+        # The lists of all parts one after the other.
+        e = done + tl.arange(0, BLOCK_E)
+        listed = e < n_listed
+        mine = (e[:, None] >= part_begin[None, :]) & (e[:, None] < part_end[None, :])
+        position = e + tl.sum(tl.where(mine, (part * n_split - part_begin)[None, :], 0), axis=1)
+        access = tl.load(listing + key_row * (PARTS * n_split) + position, listed, 0)
+        token = token_of(access // TOP_K, memory, n_rows, n_chunk, n_tokens, start)
         q_row = token * (2 * HEADS) + half_head
-        q_tile = tl.load(q + q_row[:, None] * HALF + d[None, :], exists[:, None] & (d < HALF)[None, :], 0.0)
-        # Place by place: a sum over a third axis would keep BLOCK_N x BLOCK_S x k entries in registers.
-        matrix = tl.zeros((BLOCK_N, BLOCK_S), dtype=dtype)
-        base_matrix = tl.zeros((BLOCK_N, BLOCK_S), dtype=dtype)
-        for j in tl.static_range(TOP_K):
-            index = tl.load(indices + q_row * TOP_K + j, exists, -1)
-            coefficient = tl.load(coefficients + q_row * TOP_K + j, exists, 0.0)
-            lists = index[None, :] == subkey[:, None]
-            matrix += tl.where(lists, coefficient[None, :], 0.0)
-            if BASE:
-                base_coefficient = tl.load(base_coefficients + q_row * TOP_K + j, exists, 0.0)
-                base_matrix += tl.where(lists, base_coefficient[None, :], 0.0)
-        total += tl.sum(matrix, axis=1)
+        entry = q_row * TOP_K + access % TOP_K
+        q_tile = tl.load(q + q_row[:, None] * HALF + d[None, :], listed[:, None] & (d < HALF)[None, :], 0.0)
+        if ENTROPY:
+            row_listed = listed[:, None] & (place < TOP_K)[None, :]
+            row = (q_row * TOP_K)[:, None] + place[None, :]
+            index = tl.load(indices + row, row_listed, 0)
+            share = tl.load(probabilities + row, row_listed, 0.0)
+            used = tl.load(mean + (memory * 2 + half_head % 2) * SUBKEYS + index, row_listed, 1.0)
+            _, on_score = entropy_slope(share, used, slope_weight, row_listed, ENTROPY_EPS)
+            chosen = place[None, :] == (access % TOP_K)[:, None]
+            coefficient = tl.sum(tl.where(chosen, on_score, 0.0), axis=1)
+            if IDW:
+                coefficient = coefficient * (2 * lr) / (IDW_EPS + tl.load(measures + entry, listed, 0.0))
+            else:
+                coefficient = coefficient * -lr
+        else:
+            coefficient = tl.load(coefficients + entry, listed, 0.0)
+        pulled += coefficient[:, None] * q_tile
+        total += coefficient
         if BASE:
-            base_total += tl.sum(base_matrix, axis=1)
-        pulled = tl.dot(matrix, q_tile, pulled, input_precision="tf32x3", out_dtype=dtype)
+            base_total += tl.load(base_coefficients + entry, listed, 0.0)
+        done += BLOCK_E
 
-    part = tl.program_id(1).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
-    row = part * SUBKEYS + subkey
-    real = subkey < SUBKEYS
-    tl.store(pulls + row[:, None] * HALF + d[None, :], pulled, real[:, None] & (d < HALF)[None, :])
-    if block_d == 0:
-        tl.store(sums + row, total, real)
-        if BASE:
-            tl.store(base_sums + row, base_total, real)
-
-
-@triton.jit(do_not_specialize=["n_key_rows"])
-def move_keys_kernel(
-    base,  # (M,H,2,n,K/2)
-    keys,  # (M,H,2,n,K/2), IDW only
-    pulls,  # (P,M,H,2,n,K/2)
-    sums,  # (P,M,H,2,n), IDW only
-    base_sums,  # (P,M,H,2,n), BASE only
-    moved,  # out (M,H,2,n,K/2)
-    n_key_rows,
-    HALF: tl.constexpr,
-    IDW: tl.constexpr,
-    BASE: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    real = row < n_key_rows
-    entry = row[:, None] * HALF + d[None, :]
-    inside = real[:, None] & (d < HALF)[None, :]
-    dtype = base.dtype.element_ty
-    pulled = tl.zeros((BLOCK_N, BLOCK_D), dtype=dtype)
-    total = tl.zeros((BLOCK_N,), dtype=dtype)
-    base_total = tl.zeros((BLOCK_N,), dtype=dtype)
-    for part in range(PARTS):
-        part_row = row + part * n_key_rows
-        pulled += tl.load(pulls + part_row[:, None] * HALF + d[None, :], inside, 0.0)
-        if IDW:
-            total += tl.load(sums + part_row, real, 0.0)
-        if BASE:
-            base_total += tl.load(base_sums + part_row, real, 0.0)
-    result = tl.load(base + entry, inside, 0.0)
+    entry = key_row * HALF + d
+    result = tl.load(base + entry, d < HALF, 0.0)
+    pull = tl.sum(pulled, axis=0)
     if IDW:
-        key = tl.load(keys + entry, inside, 0.0)
-        result = result + base_total[:, None] * result + (total[:, None] * key - pulled)
+        key = tl.load(keys + entry, d < HALF, 0.0)
+        if BASE:
+            result += tl.sum(base_total, axis=0) * result
+        result += tl.sum(total, axis=0) * key - pull
     else:
-        result = result + pulled
-    tl.store(moved + entry, result, inside)
+        result += pull
+    tl.store(moved + entry, result, d < HALF)
 
 
 def descend_entropy(
@@ -203,8 +127,7 @@ def descend_entropy(
     measures: Tensor,
     probabilities: Tensor,
     mean: Tensor,
-    coefficients: Tensor,
-    pulls: KeyPulls,
+    found: Uses,
     moved: Tensor,
     chunk: Chunk,
     score: str,
@@ -214,36 +137,22 @@ def descend_entropy(
     """moved = keys - lr * dA/dkeys, A = w * sum_i Pbar_i log(Pbar_i + 1e-8) per half; ``moved`` may be ``keys``.
 
     With the coefficient x_ti of each listed sub-key, idw: moved_i = key_i (1 + sum_t x_ti) - sum_t x_ti q_t, dot:
-    key_i + sum_t x_ti q_t. ``coefficients`` (M,R,T,H,2,k) and ``pulls`` are scratch.
+    key_i + sum_t x_ti q_t. ``found`` and ``mean`` (M,2,n): of the chunk, from :func:`mixers.kernels.use.mean_use`.
     """
-    n_heads, n_subkeys, top_k = keys.shape[1], keys.shape[3], indices.shape[-1]
-    block_k = triton.next_power_of_2(top_k)
-    block_s = max(1, 256 // block_k)
-    launch(
-        entropy_coefficients_kernel,
-        (triton.cdiv(chunk.n_queries * 2 * n_heads, block_s), chunk.n_memories),
-        *(indices, measures, probabilities, mean, coefficients),
-        *(float(lr), address_weight / (chunk.n_queries * n_heads), *chunk.sizes),
-        HEADS=n_heads,
-        SUBKEYS=n_subkeys,
-        TOP_K=top_k,
-        IDW=score == "idw",
-        IDW_EPS=IDW_EPS,
-        ENTROPY_EPS=ENTROPY_EPS,
-        BLOCK_S=block_s,
-        BLOCK_K=block_k,
-        num_warps=2,
-    )
-    _move(q, keys, keys, indices, coefficients, None, pulls, moved, chunk, score)
+    slope_weight = address_weight / (chunk.n_queries * keys.shape[1])
+    nothing = probabilities
+    _launch(
+        q, keys, keys, found, indices, measures, probabilities, mean, nothing, None, moved, lr, slope_weight, chunk,
+        score, entropy=True,
+    )  # fmt: skip
 
 
 def key_step_backward(
     q: Tensor,
     keys: Tensor,
-    indices: Tensor,
     coefficients: Tensor,
     base_coefficients: Tensor,
-    pulls: KeyPulls,
+    found: Uses,
     moved_gradient: Tensor,
     gradient: Tensor,
     chunk: Chunk,
@@ -255,56 +164,47 @@ def key_step_backward(
     key_i sum_t x_ti - sum_t x_ti q_t; dot: moved_i + sum_t x_ti q_t. ``gradient`` may be ``moved_gradient``.
     """
     base = base_coefficients if score == "idw" else None
-    _move(q, moved_gradient, keys, indices, coefficients, base, pulls, gradient, chunk, score)
+    nothing = coefficients
+    _launch(
+        q, moved_gradient, keys, found, found.counts, nothing, nothing, nothing, coefficients, base, gradient, 0.0, 0.0,
+        chunk, score, entropy=False,
+    )  # fmt: skip
 
 
-def _move(q, base, keys, indices, coefficients, base_coefficients, pulls, moved, chunk, score) -> None:
-    """moved = base (1 + sum_t y_ti) + key_i sum_t x_ti - sum_t x_ti q_t, or base + sum_t x_ti q_t, in two kernels.
+def _launch(
+    q, base, keys, found, indices, measures, probabilities, mean, coefficients, base_coefficients, moved, lr,
+    slope_weight, chunk, score, *, entropy,
+) -> None:  # fmt: skip
+    """moved = base (1 + sum_t y_ti) + key_i sum_t x_ti - sum_t x_ti q_t, or base + sum_t x_ti q_t.
 
-    The sparse (n,S) matrix of coefficients is made tile by tile and multiplied densely (three tf32 products): its time
-    does not depend on how the queries spread over the sub-keys. P splits of them are summed apart, then in order.
+    One program sums a sub-key over the queries that list it, BLOCK_E at a time and in their order: a sub-key listed by
+    all queries of a chunk takes S / BLOCK_E steps in a row.
 
-    Bytes: q of the chunk once per BLOCK_N sub-keys (from the L2 cache), P (n,K) sums out and in (L2), keys in and out.
-    2 M S H n K operations, three times over on tensor cores; M S H 2 n k K / (2 BLOCK_D) comparisons.
+    Bytes: S H k K elements of q (from the L2 cache), keys in and out.
     """
     n_memories, n_heads, _, n_subkeys, half_dim = keys.shape
-    parts = n_splits(chunk.n_queries)
-    tile_s, tile_n, tile_d, num_warps = pull_tile(n_subkeys, half_dim)
+    n_parts, n_split = parts_of(chunk.n_queries)
+    block_d = min(512, triton.next_power_of_2(half_dim))
     has_base = base_coefficients is not None
-    n_key_rows = n_memories * n_heads * 2 * n_subkeys
+    top_k = coefficients.shape[-1]
     launch(
-        pull_queries_kernel,
-        (triton.cdiv(n_subkeys, tile_n) * triton.cdiv(half_dim, tile_d), parts, n_memories * n_heads * 2),
-        *(q, indices, coefficients, base_coefficients if has_base else coefficients, pulls.pulls, *pulls.sums),
-        *chunk.sizes,
+        step_keys_kernel,
+        (n_memories * n_heads * 2 * n_subkeys, triton.cdiv(half_dim, block_d)),
+        *(q, base, keys, found.listing, found.counts, indices, measures, probabilities, mean, coefficients),
+        *(base_coefficients if has_base else coefficients, moved, float(lr), slope_weight, *chunk.sizes, n_split),
         HEADS=n_heads,
         SUBKEYS=n_subkeys,
         HALF=half_dim,
-        TOP_K=indices.shape[-1],
-        BASE=has_base,
-        TILES=triton.cdiv(chunk.n_queries, parts * tile_s),
-        BLOCK_S=tile_s,
-        BLOCK_N=tile_n,
-        BLOCK_D=tile_d,
-        num_warps=num_warps,
-    )
-    block_d = triton.next_power_of_2(half_dim)
-    block_n = max(1, 512 // block_d)
-    launch(
-        move_keys_kernel,
-        (triton.cdiv(n_key_rows, block_n),),
-        *(base, keys, pulls.pulls, *pulls.sums, moved, n_key_rows),
-        HALF=half_dim,
+        TOP_K=top_k,
         IDW=score == "idw",
+        ENTROPY=entropy,
         BASE=has_base,
-        PARTS=parts,
-        BLOCK_N=block_n,
+        IDW_EPS=IDW_EPS,
+        ENTROPY_EPS=ENTROPY_EPS,
+        PARTS=n_parts,
+        BLOCK_P=triton.next_power_of_2(n_parts),
+        BLOCK_E=min(32, 4096 // block_d),
         BLOCK_D=block_d,
+        BLOCK_K=triton.next_power_of_2(top_k),
         num_warps=4,
     )
-
-
-def pull_tile(n_subkeys: int, half_dim: int) -> tuple[int, int, int, int]:
-    """Queries, sub-keys and width of a tile, and its warps."""
-    tile_n = max(16, min(64, triton.next_power_of_2(n_subkeys)))
-    return 32, tile_n, max(16, min(128, triton.next_power_of_2(half_dim))), 4

@@ -40,18 +40,18 @@ def rank_subkeys_kernel(
     dtype = q.dtype.element_ty
 
     rank = tl.zeros((BLOCK_S, BLOCK_N), dtype=dtype)
-    norms = tl.zeros((BLOCK_N,), dtype=dtype)
+    squares = tl.zeros((BLOCK_N, BLOCK_D), dtype=dtype)
     for first in range(0, HALF, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         inside = d < HALF
         q_tile = tl.load(q + q_row[:, None] * HALF + d[None, :], exists[:, None] & inside[None, :], 0.0)
         key_tile = tl.load(keys + (table + subkey)[:, None] * HALF + d[None, :], real[:, None] & inside[None, :], 0.0)
         if IDW:
-            norms += tl.sum(key_tile * key_tile, axis=1)
+            squares += key_tile * key_tile
         rank = tl.dot(q_tile, tl.trans(key_tile), rank, input_precision="tf32x3", out_dtype=dtype)
     # |q|^2 is the same for all sub-keys of a query: it does not change the order.
     if IDW:
-        rank = 2 * rank - norms[None, :]
+        rank = 2 * rank - tl.sum(squares, axis=1)[None, :]
     row = (memory.to(tl.int64) * n_queries + query) * (2 * HEADS) + half_head
     tl.store(ranks + row[:, None] * SUBKEYS + subkey[None, :], rank, exists[:, None] & real[None, :])
 

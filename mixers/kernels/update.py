@@ -11,6 +11,13 @@ from mixers.kernels.groups import Groups
 from mixers.kernels.launch import launch
 
 
+@triton.jit
+def scratch_row(access, n_chunk, n_tokens, start, N_READ: tl.constexpr):
+    """Row of the chunk's (M,S,V) scratch that an access reads; there are fewer than 2^31 accesses."""
+    token = access.to(tl.int32) // N_READ
+    return (token // n_tokens * n_chunk + (token % n_tokens - start)).to(tl.int64)
+
+
 @triton.jit(do_not_specialize=["first_position", "n_chunk", "n_tokens", "start", "n_table"])
 def update_kernel(
     table,  # in and out (M*N,V)
@@ -35,24 +42,29 @@ def update_kernel(
     BLOCK_V: tl.constexpr,
 ):
     position = first_position + tl.program_id(0).to(tl.int64)
-    if tl.load(first_of + position) == position:
-        count = tl.load(count_of + position)
-        target = tl.load(row + position)
+    # Asked for together, before it is known whether this program has a row: one wait instead of three.
+    first = tl.load(first_of + position)
+    count = tl.load(count_of + position)
+    target = tl.load(row + position)
+    access = tl.load(order + position)
+    if first == position:
         v_index = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
         inside = v_index < VALUE
         old = tl.load(table + target * VALUE + v_index, inside, 0.0)
-        step = tl.zeros((BLOCK_V,), dtype=table.dtype.element_ty)
-        done = 0
+        # Most rows are touched once.
+        weight = tl.load(weights + access)
+        scratch = scratch_row(access, n_chunk, n_tokens, start, N_READ)
+        step = weight * tl.load(source + scratch * VALUE + v_index, inside, 0.0)
+        done = 1
         while done < count:
             e = done + tl.arange(0, BLOCK_E)
-            access = tl.load(order + position + e, e < count, 0)
-            weight = tl.load(weights + access, e < count, 0.0)
-            token = access // N_READ
-            scratch = token // n_tokens * n_chunk + (token % n_tokens - start)
+            accesses = tl.load(order + position + e, e < count, 0)
+            more = tl.load(weights + accesses, e < count, 0.0)
+            scratches = scratch_row(accesses, n_chunk, n_tokens, start, N_READ)
             rows = tl.load(
-                source + scratch[:, None] * VALUE + v_index[None, :], (e < count)[:, None] & inside[None, :], 0.0
+                source + scratches[:, None] * VALUE + v_index[None, :], (e < count)[:, None] & inside[None, :], 0.0
             )
-            step += tl.sum(weight[:, None] * rows, axis=0)
+            step += tl.sum(more[:, None] * rows, axis=0)
             done += BLOCK_E
         if MEAN:
             step = step * (tl.load(scale + target // n_table) / count.to(step.dtype))

@@ -163,6 +163,7 @@ def log_run(
         "mixlab.factors": json.dumps(identity.factors),
         "mixlab.seed": str(identity.seed),
         "mixlab.outcome": result.outcome,
+        "mixlab.data_hash": result.data_hash,
     }
     run_id = client.create_run(experiment, start_time=clock, tags=tags).info.run_id
     values = {**result.metrics, **{f"cost/{name}": value for name, value in result.cost.items()}}

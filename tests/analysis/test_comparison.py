@@ -155,7 +155,7 @@ def test_json_holds_no_nan_and_exactly_the_documented_fields() -> None:
     values = json.loads(json.dumps(as_json(compare(SAVED, rows)), allow_nan=False))
     assert len(values) == 6
     counts = {"n_seeds", "n_planned", "n_diverged", "n_failed"}
-    fields = {"arm", "cell", "factors", "pattern", "metrics", "cost", "pareto", "notes"} | counts
+    fields = {"arm", "cell", "factors", "pattern", "metrics", "cost", "pareto", "notes", "trials"} | counts
     assert set(values[0]) == fields
     assert values[0]["metrics"]["report/accuracy"]["mean"] == pytest.approx(0.6)
     assert sorted(values[0]["metrics"]["report/accuracy"]) == ["high", "low", "mean"]

@@ -82,15 +82,15 @@ def launch_all(heads: int, top_k: int, n: int, key_dim: int, value_dim: int, sco
     mean, accesses = real(1, 2, n), whole(n_accesses)
     groups = Groups(accesses, accesses, accesses, accesses)
     ranks = real(1, 4096, heads, 2, n)
-    pulls, parts = key_step.key_pulls(keys, 4096), use.use_parts(mean, 4096)
+    found = use.uses(indices, mean, 4096)
     select.rank_subkeys(q, keys, ranks, chunk, score)
     for together in (True, False):
         address.address(
             q, keys, ranks, indices, listed, listed, pairs, slots, joint, chunk, score, 1.0, joint=together
         )  # fmt: skip
-    use.mean_use(indices, listed, parts, mean, chunk)
-    key_step.descend_entropy(q, keys, indices, listed, listed, mean, listed, pulls, keys, chunk, score, 1.0, 1.0)
-    key_step.key_step_backward(q, keys, indices, listed, listed, pulls, keys, keys, chunk, score)
+    use.mean_use(indices, listed, found, mean, chunk)
+    key_step.descend_entropy(q, keys, indices, listed, listed, mean, found, keys, chunk, score, 1.0, 1.0)
+    key_step.key_step_backward(q, keys, listed, listed, found, keys, keys, chunk, score)
     read.read_and_err(table, slots, joint, row, each, row, scratch, each, chunk, 1)
     read.read_rows(table, slots, joint, row, chunk)
     row_dots.row_dots(table, slots, row, joint, chunk)

@@ -32,22 +32,23 @@ def chosen(n: int, value_dim: int, scope: str = "shared", **changes) -> str:
 
 
 def test_auto_on_cuda_copies_no_large_table_for_every_sequence() -> None:
-    assert chosen(512, 512, "sequence") == "sparse"
-    assert chosen(129, 512, "sequence") == "sparse"
+    assert chosen(513, 512, "sequence") == "sparse"
+    assert chosen(129, 512, "sequence", clip=True) == "sparse"
     # No sparse form either.
-    assert chosen(512, 512, "sequence", weight_decay=0.1) == "reference"
+    assert chosen(513, 512, "sequence", weight_decay=0.1) == "reference"
 
 
 @pytest.mark.skipif(not TRITON_MISSING, reason="triton is installed")
 def test_without_triton_auto_on_cuda_is_sparse() -> None:
-    assert chosen(32, 64) == chosen(512, 512) == "sparse"
-    assert chosen(32, 64, weight_decay=0.1) == "reference"
+    assert chosen(32, 64) == chosen(512, 512) == chosen(128, 512, "sequence") == "reference"
+    assert chosen(512, 512, "sequence") == "sparse"
+    assert chosen(512, 512, "sequence", weight_decay=0.1) == "reference"
 
 
-@pytest.mark.skipif(bool(TRITON_MISSING) or not torch.cuda.is_available(), reason="needs triton and a CUDA GPU")
+@pytest.mark.skipif(bool(TRITON_MISSING), reason="needs triton")
 def test_auto_on_cuda_is_triton_where_it_has_kernels() -> None:
-    assert chosen(512, 512) == chosen(128, 512, "sequence") == "triton"
-    assert chosen(32, 64, clip=True) == "sparse"
+    assert chosen(512, 512) == chosen(512, 512, "sequence") == "triton"
+    assert chosen(32, 64, clip=True) == "reference"
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="triton runs on the CPU here")

@@ -41,8 +41,7 @@ def test_equals_the_reference_on_a_gpu(case: int) -> None:
 
 
 def test_unsupported_options_are_named() -> None:
-    from mixers.fwpkm.gpu_check import draw, options_of
+    from mixers.fwpkm.gpu_check import options_of
     from mixers.fwpkm.triton_chunks import unsupported
 
-    parts = draw(1, 1, 3, 1, 4, 4, 3, torch.float32, "cpu")
-    assert "cuda" in unsupported(parts["q"], parts["values"], 4, options_of(top_k=2))
+    assert "cuda" in unsupported(torch.device("cpu"), torch.float32, 4, 3, options_of(top_k=2))

@@ -3,6 +3,7 @@
 ``FAKE_TARGET`` (JSON) sets how it behaves; every completed run appends its key to RUNS/<sweep>/completions.log.
 
     n_steps, step_s           length of a run
+    (train.eval_every > 0)    the select metric is reported after every step
     stuck_s                   an uninterruptible wait in every run
     outcome                   {"<seed or trial lr>": "diverged" | "raise" | "die" | "die_once" | "hang_once" |
                               "memory" | "memory_beside_others"}
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import ExperimentConfig
-from experiments.progress import Interrupted, OnProgress, Progress
+from experiments.progress import Interrupted, OnProgress, Progress, Pruned
 from experiments.records import (
     RunIdentity,
     RunOutcome,
@@ -45,6 +46,7 @@ def run_experiment(
     fates = behaviour.get("outcome", {})
     fate = fates.get(str(config.seed)) or fates.get(f"{config.train.lr:g}", "finished")
     n_steps = behaviour.get("n_steps", 2)
+    evaluates, so_far = config.train.eval_every > 0, {}
     checkpoint = folder / "checkpoint.json"
     step = (read_json(checkpoint) or {"step": 0})["step"]
     with open(folder / "starts.log", "a", encoding="utf-8") as file:
@@ -72,7 +74,13 @@ def run_experiment(
         while step < n_steps:
             time.sleep(behaviour.get("step_s", 0.0))
             step += 1
-            on_progress(Progress(step, n_steps, {"train/loss": 1 / step, "text": "not a number"}))
+            so_far = {"select/accuracy": scores(config)["select/accuracy"] * step / n_steps} if evaluates else {}
+            metrics = {"train/loss": 1 / step, "text": "not a number", **so_far}
+            on_progress(Progress(step, n_steps, metrics, evaluated=evaluates and step < n_steps))
+    except Pruned as told:
+        outcome = RunOutcome("pruned", str(told), step=step, metrics=so_far)
+        write_outcome(folder, outcome)
+        return outcome
     except Interrupted:
         write_json(checkpoint, {"step": step})
         outcome = RunOutcome("killed", "interrupted", step=step)

@@ -32,6 +32,13 @@ def test_plan_prints_the_count_and_creates_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
 
 
+def test_plan_names_what_an_adaptive_search_tunes(tmp_path):
+    text = TUNED + '"train.schedule" = { choice = ["cosine", "constant"] }\n[search]\nsampler = "tpe"\n'
+    shown = mixlab("plan", write_sweep(tmp_path, text), "budget.tune_trials=3").stdout
+    assert "train.lr in 0.0001 to 0.1, chosen on" in shown
+    assert "train.schedule in cosine, constant, chosen on" in shown
+
+
 def test_plan_as_json(tmp_path):
     values = json.loads(mixlab("plan", write_sweep(tmp_path, TUNED), "budget.tune_trials=2", "--json").stdout)
     assert values["n_runs"] == 8

@@ -43,7 +43,7 @@ def test_a_sweep_without_tuning_runs_every_seed_once_and_then_no_more(tmp_path, 
 
 def test_settings_are_chosen_on_select_only_and_replicates_use_them(tmp_path, behave):
     sweep = tuned(tmp_path, 4, tune__train__lr={"choice": [3e-4, 3e-3, 3e-2, 3e-1]})
-    result, events = drive(sweep, tmp_path / "runs")
+    result, events = drive(sweep, tmp_path / "runs", n_workers=1)
     assert result.outcomes == {"finished": 2 * (4 + 2)}
     saved = read_saved(tmp_path / "runs", "tiny")
     assert {name: choice["settings"] for name, choice in saved.chosen.items()} == {
@@ -56,7 +56,7 @@ def test_settings_are_chosen_on_select_only_and_replicates_use_them(tmp_path, be
         (arm, seed, 3e-3) for arm in ("narrow", "wide") for seed in (0, 1)
     }
     assert {run.key for run in saved.runs} == set(completions(tmp_path / "runs"))
-    # No barrier: the first arm's replicates start before the second arm's last trial.
+    # No barrier: the first arm's replicates start before the second arm's last trial, with one worker for certain.
     started = [(e["arm"], e["role"]) for e in events if e["event"] == "run_started"]
     last_trial = max(i for i, run in enumerate(started) if run == ("wide", "tuning"))
     assert started.index(("narrow", "replicate")) < last_trial
@@ -106,10 +106,10 @@ def test_a_killed_worker_is_replaced_and_its_run_tried_once_more(tmp_path, behav
 
 def test_a_silent_worker_is_ended_and_its_run_tried_once_more(tmp_path, behave):
     behave(outcome={"0": "hang_once"})
-    result, events = drive(tiny(tmp_path), tmp_path / "runs", stall_s=1.5)
+    result, events = drive(tiny(tmp_path), tmp_path / "runs", stall_s=6.0)
     assert result.outcomes == {"finished": 4}
     retried = [event for event in events if event["event"] == "run_retried"]
-    assert [event["reason"] for event in retried] == ["no sign of life for 1.5 s"] * 2
+    assert [event["reason"] for event in retried] == ["no sign of life for 6 s"] * 2
     assert set(completions(tmp_path / "runs").values()) == {1}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -64,3 +65,24 @@ def test_ends_stay_within_bounds_that_have_many_digits():
 
 
 PINNED_SPREAD = ({"lr": 0.0030452, "wd": 0.70115}, {"lr": 0.00030452, "wd": 0.0344834})
+
+
+def test_a_grid_is_the_whole_product():
+    spaces = {
+        "a": SearchSpace(log_uniform=(1e-3, 1e-1)),
+        "b": SearchSpace(choice=("x", "y")),
+        "c": SearchSpace(uniform=(0, 1)),
+    }
+    found = design(spaces, 12, "grid", {"points": {"a": 3}})
+    assert len(found) == len({repr(point) for point in found}) == 12
+    assert {point["a"] for point in found} == {1e-3, 1e-2, 1e-1}
+    assert {point["c"] for point in found} == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("kind", ["sobol", "halton"])
+def test_qmc_covers_every_part_of_every_axis(kind):
+    found = design({"a": SearchSpace(uniform=(0, 8)), "b": SearchSpace(uniform=(0, 8))}, 64, "qmc", {"kind": kind})
+    for name in "ab":
+        counts = Counter(int(min(point[name], 7.999)) for point in found)
+        assert len(counts) == 8
+        assert min(counts.values()) >= 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 
 import optuna
@@ -75,7 +76,9 @@ class Search:
         return tuning.choice
 
 
-SAMPLERS = pytest.mark.parametrize("sampler", ["spread", "random", "tpe"])
+SAMPLERS = pytest.mark.parametrize("sampler", ["spread", "random", "qmc", "grid", "tpe", "gp", "nsgaii"])
+TWO_SETTINGS = {"train.lr": {"log_uniform": [1e-4, 1e-1]}, "train.beta1": {"uniform": [0.5, 0.9]}}
+needs_cmaes = pytest.mark.skipif(importlib.util.find_spec("cmaes") is None, reason="the package cmaes is not installed")
 
 
 @SAMPLERS
@@ -121,6 +124,33 @@ def test_adaptive_proposals_do_not_start_over_with_a_new_driver(tmp_path):
         run = tuning.next_run()
         tuning.tell(run, search.complete(run))
     assert len(set(search.completed)) == 4
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "nsgaii", pytest.param("cmaes", marks=needs_cmaes)])
+def test_a_search_that_loses_its_driver_proposes_what_an_undisturbed_one_does(tmp_path, sampler):
+    options = {"nsgaii": {"population_size": 3}}.get(sampler, {"n_startup_trials": 2})
+    fixed = {"n_trials": 8, "tune": TWO_SETTINGS, "search__sampler": sampler, "search__options": options}
+    (tmp_path / "whole").mkdir()
+    whole, broken = Search(tmp_path / "whole", **fixed), Search(tmp_path, **fixed)
+    whole.finish(whole.open())
+    for kept in (True, False) * 8:
+        tuning = broken.open()
+        if (run := tuning.next_run()) is None:
+            break
+        if kept:
+            tuning.tell(run, broken.complete(run))
+    assert broken.completed == whole.completed
+    assert len(set(whole.completed)) == 8
+
+
+def test_an_adaptive_search_learns(tmp_path):
+    """After its random trials it comes nearer to the optimum than a blind one of the same budget."""
+    fixed = {"n_trials": 12, "search__sampler": "gp", "search__options": {"n_startup_trials": 4}}
+    search = Search(tmp_path, **fixed)
+    search.finish(search.open())
+    values = [search.records[key].metrics[METRIC] for key in search.completed]
+    assert max(values[4:]) > max(values[:4])
+    assert max(values) > -0.01
 
 
 def test_settings_proposed_twice_are_run_once(tmp_path):
