@@ -12,8 +12,8 @@ from torch.nn import functional
 from mixers.base import MixerOutput, State, Traits
 from mixers.masking import zero_padding
 from mixers.product_key_layer import ProductKeyConfig, ProductKeyLayer
-from mixers.product_keys import dot_rows, read
 from mixers.registry import register
+from mixers.table_rows import dot_rows, sum_rows
 
 ACTIVATIONS = {"gelu": functional.gelu, "relu": functional.relu, "silu": functional.silu}
 
@@ -37,7 +37,7 @@ class PEER(ProductKeyLayer):
 
     Shapes: x (B,T,D); the experts' tables ``experts_in`` u and ``experts_out`` v (N,D), shared by the heads; keys
     (1 or H,2,n,K/2). Parameters grow with N, the FLOPs of a token with sqrt(N) only. An expert that two heads choose
-    counts twice. The chosen rows of u are formed, B T H k D numbers; those of v are not.
+    counts twice. The chosen rows, B T H k D numbers, are formed by ``impl='reference'`` only (those of u).
 
     No state: every token is served alone, as in an MLP, whose place this layer takes.
 
@@ -71,17 +71,16 @@ class PEER(ProductKeyLayer):
         self, x: Tensor, state: State = None, *, return_state: bool = False, mask: Tensor | None = None
     ) -> MixerOutput:
         x = zero_padding(x, mask)
-        selection = self._select(x, mask)
-        experts = selection.slots.flatten(-2)
+        slots, scores = self._choose(x, mask)
+        experts = slots.flatten(-2)
         with torch.autocast(x.device.type, enabled=False):
-            scores = selection.scores
             weights = scores.softmax(dim=-1) if self.config.expert_weights == "softmax" else scores.sigmoid()
-            inputs = x.to(self.experts_in.dtype).reshape(1, -1, x.shape[-1])
-            hidden = ACTIVATIONS[self.config.activation](dot_rows(self.experts_in.unsqueeze(0), experts, inputs))
-            y = read(self.experts_out.unsqueeze(0), experts, weights.flatten(-2) * hidden)
+            inputs = x.to(self.experts_in.dtype).reshape(-1, x.shape[-1])
+            hidden = ACTIVATIONS[self.config.activation](dot_rows(self.experts_in, experts, inputs, self.impl))
+            y = sum_rows(self.experts_out, experts, weights.flatten(-2) * hidden, self.impl)
         return MixerOutput(zero_padding(y.view(x.shape).to(x.dtype), mask), None, {})
 
     def flops_per_token(self, context: int) -> float:
         """Queries and scores 2 H K (D + n), both halves of H k experts 4 H k D; the same at every context."""
         c = self.config
-        return self._select_flops() + 4 * c.n_heads * c.top_k * c.d_model
+        return self._choose_flops() + 4 * c.n_heads * c.top_k * c.d_model

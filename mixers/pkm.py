@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from mixers.base import MixerOutput, State, Traits
 from mixers.masking import zero_padding
 from mixers.product_key_layer import ProductKeyConfig, ProductKeyLayer
-from mixers.product_keys import read
 from mixers.registry import register
+from mixers.table_rows import sum_rows
 
 
 class ProductKeyMemoryConfig(ProductKeyConfig):
@@ -61,10 +61,10 @@ class ProductKeyMemory(ProductKeyLayer):
         self, x: Tensor, state: State = None, *, return_state: bool = False, mask: Tensor | None = None
     ) -> MixerOutput:
         x = zero_padding(x, mask)
-        selection = self._select(x, mask)
+        slots, scores = self._choose(x, mask)
         with torch.autocast(x.device.type, enabled=False):
-            weights = torch.softmax(selection.scores, dim=-1)
-            rows = read(self.values.unsqueeze(0), selection.slots.flatten(-2), weights.flatten(-2))
+            weights = torch.softmax(scores, dim=-1)
+            rows = sum_rows(self.values, slots.flatten(-2), weights.flatten(-2), self.impl)
         rows = rows.view(*x.shape[:2], self.value_dim).to(x.dtype)
         if self.config.use_gate:
             rows = rows * nn.functional.silu(self.gate_proj(x))
@@ -74,4 +74,4 @@ class ProductKeyMemory(ProductKeyLayer):
         """Queries and scores 2 H K (D + n), projections 2 D (V + gate V), read 2 H k V; the same at every context."""
         c = self.config
         projections = 2 * c.d_model * self.value_dim * (2 if c.use_gate else 1)
-        return self._select_flops() + projections + 2 * c.n_heads * c.top_k * self.value_dim
+        return self._choose_flops() + projections + 2 * c.n_heads * c.top_k * self.value_dim

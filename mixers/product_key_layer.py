@@ -8,9 +8,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from mixers import table_rows
 from mixers.base import Mixer, ParameterOptions, State
 from mixers.config import MixerConfig
-from mixers.product_keys import Score, Selection, select
+from mixers.product_keys import Score, choose
 from mixers.query_norm import QueryNorm, TokenBatchNorm, query_norm
 
 
@@ -25,6 +26,7 @@ class ProductKeyConfig(MixerConfig):
     query_norm: QueryNorm = Field("rms", description="over the heads' queries together; batch: see batch_statistics")
     train_keys: bool = Field(True, description="False: the sub-keys stay as drawn")
     value_lr_scale: float = Field(1.0, gt=0, description="learning rate of the table relative to the others")
+    impl: table_rows.Impl = Field("auto", description="of the table's reads; auto: triton on CUDA, else sparse")
 
     @model_validator(mode="after")
     def _check_product_keys(self) -> Self:
@@ -78,6 +80,10 @@ class ProductKeyLayer(Mixer):
         nn.init.uniform_(self.keys, -(self.config.head_key_dim**-0.5), self.config.head_key_dim**-0.5)
 
     @property
+    def impl(self) -> str:
+        return table_rows.resolve(self.config.impl, getattr(self, self.table_names[0]), self.name)
+
+    @property
     def batch_statistics(self) -> tuple[str, ...]:
         """The running averages of ``query_norm='batch'``."""
         return ("q_norm.running_mean", "q_norm.running_var") if self.config.query_norm == "batch" else ()
@@ -91,17 +97,19 @@ class ProductKeyLayer(Mixer):
     def initial_state(self, batch_size: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
         return None
 
-    def _select(self, x: Tensor, mask: Tensor | None) -> Selection:
-        """The slots of all tokens (B,T,D) as one memory's queries: M = 1, S = B*T."""
+    def _choose(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """slots and scores (S,H,k), best first, of all tokens (B,T,D) as S = B*T queries."""
         c = self.config
         q = self.q_proj(x)
         q = self.q_norm(q, mask) if isinstance(self.q_norm, TokenBatchNorm) else self.q_norm(q)
         # Distances and scores need the parameters' precision: narrower ones choose wrong slots.
         with torch.autocast(x.device.type, enabled=False):
             q = q.to(self.keys.dtype).reshape(1, -1, c.n_heads, c.head_key_dim)
-            return select(q, self.keys.expand(c.n_heads, -1, -1, -1).unsqueeze(0), c.top_k, c.score)
+            keys = self.keys.expand(c.n_heads, -1, -1, -1).unsqueeze(0)
+            slots, scores = choose(q, keys, c.top_k, c.score)
+            return slots[0], scores[0]
 
-    def _select_flops(self) -> float:
+    def _choose_flops(self) -> float:
         """Queries 2 D H K, sub-key scores 2 H n K."""
         c = self.config
         return float(2 * c.n_heads * c.head_key_dim * (c.d_model + c.n_subkeys))

@@ -70,6 +70,22 @@ def select(queries: Tensor, keys: Tensor, top_k: int, score: Score) -> Selection
     return Selection(half_indices, half_keys, half_distances, half_scores, pairs, slots, scores)
 
 
+def choose(queries: Tensor, keys: Tensor, top_k: int, score: Score) -> tuple[Tensor, Tensor]:
+    """slots and scores (M,S,H,k) of :func:`select`, where nothing else is wanted.
+
+    Scores of ``dot`` are exact as they come from the product with all sub-keys, so they are taken from there: forward
+    and backward form (M,S,H,2,n) numbers, and not the chosen sub-keys, (M,S,H,2,k,K/2). ``idw`` needs those.
+    """
+    if score == "idw":
+        selection = select(queries, keys, top_k, score)
+        return selection.slots, selection.scores
+    halves = queries.unflatten(-1, (2, -1))
+    half_scores = torch.einsum("mshak,mhank->mshan", halves, keys)
+    half_indices = half_scores.detach().topk(top_k, dim=-1).indices
+    scores, _, slots = best_pairs(half_scores.gather(-1, half_indices), half_indices, keys.shape[3])
+    return slots, scores
+
+
 @torch.no_grad()
 def best_halves(halves: Tensor, keys: Tensor, top_k: int, score: Score) -> Tensor:
     """The k best of the sub-keys (M,H,2,n,K/2) for each half (M,S,H,2,K/2): (M,S,H,2,k) int64, best first."""

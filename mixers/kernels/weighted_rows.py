@@ -1,4 +1,4 @@
-"""The read of a memory that nothing writes (static product-key memory), differentiable in values and weights."""
+"""Reads of a table that nothing writes (static product-key layers), differentiable: sums and inner products of rows."""
 
 from __future__ import annotations
 
@@ -49,6 +49,43 @@ class _WeightedRows(torch.autograd.Function):
             if slots.numel():
                 row_dots(values, slots, d_out, d_weights, _whole(slots))
         return d_values, None, d_weights
+
+
+@torch.compiler.disable
+def dotted_rows(values: Tensor, slots: Tensor, tokens: Tensor) -> Tensor:
+    """<values[slot_j], tokens>: values (M,N,V), slots int64 (M,S,J) and tokens (M,S,V) -> (M,S,J).
+
+    As :func:`mixers.product_keys.dot_rows`, of the same kernels as :func:`weighted_rows`, in the other direction.
+    """
+    return _DottedRows.apply(values, slots, tokens)
+
+
+class _DottedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, slots, tokens):
+        values, slots, tokens = values.contiguous(), slots.contiguous(), tokens.contiguous()
+        dots = tokens.new_empty(slots.shape)
+        if slots.numel():
+            row_dots(values, slots, tokens, dots, _whole(slots))
+        ctx.save_for_backward(values, slots, tokens)
+        return dots
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_dots):
+        values, slots, tokens = ctx.saved_tensors
+        d_dots = d_dots.contiguous()
+        d_values = d_tokens = None
+        if ctx.needs_input_grad[0]:
+            d_values = torch.zeros_like(values)
+            if slots.numel():
+                groups = group_accesses(slots.unsqueeze(1), values.shape[1], slots.shape[1])
+                add_rows(d_values, tokens, d_dots, groups, _whole(slots))
+        if ctx.needs_input_grad[2]:
+            d_tokens = torch.empty_like(tokens)
+            if slots.numel():
+                read_rows(values, slots, d_dots, d_tokens, _whole(slots))
+        return d_values, None, d_tokens
 
 
 def _whole(slots: Tensor) -> Chunk:

@@ -58,12 +58,14 @@ OPTIONS = {
         {"n_heads": 4, "key_dim": 3, "window": 3, "chunk_size": 4, "combine": "split", "n_window_heads": 1},
     ],
     "pkm": [
-        {"n_subkeys": 8, "n_heads": 2, "key_dim": 8, "value_dim": 8, "top_k": 4},
+        {"impl": "sparse", "n_subkeys": 8, "n_heads": 2, "key_dim": 8, "value_dim": 8, "top_k": 4},
+        {"impl": "reference", "n_subkeys": 6, "n_heads": 2, "key_dim": 6, "top_k": 3},
         {"n_subkeys": 6, "n_heads": 2, "key_dim": 6, "top_k": 3, "query_norm": "batch", "use_gate": False},
         {"n_subkeys": 6, "top_k": 3, "query_norm": "none", "score": "idw", "train_keys": False, "value_lr_scale": 4.0},
     ],
     "peer": [
-        {"n_subkeys": 8, "n_heads": 2, "key_dim": 8, "top_k": 4},
+        {"impl": "sparse", "n_subkeys": 8, "n_heads": 2, "key_dim": 8, "top_k": 4},
+        {"impl": "reference", "n_subkeys": 6, "n_heads": 2, "key_dim": 6, "top_k": 3},
         {"n_subkeys": 6, "key_dim": 6, "top_k": 3, "query_norm": "batch", "expert_weights": "sigmoid"},
         {"n_subkeys": 6, "top_k": 3, "shared_keys": False, "activation": "silu", "train_keys": False},
     ],

@@ -18,7 +18,10 @@ D = 64
 KERNEL_DTYPES = {("rwkv7", "fla"): torch.bfloat16, ("softmax", "flash_attn"): torch.bfloat16}
 MISSING = {"fla": FLA_MISSING, "flash_attn": FLASH_ATTN_MISSING, "triton": TRITON_MISSING}
 # Small, as in the tests on the CPU: (mixer, options).
-SMALL = {"pkm": {"n_subkeys": 8, "key_dim": 8, "value_dim": 16, "top_k": 4}}
+SMALL = {
+    "pkm": {"n_subkeys": 8, "key_dim": 8, "value_dim": 16, "top_k": 4},
+    "peer": {"n_subkeys": 8, "key_dim": 8, "top_k": 4},
+}
 # fla's kernels work in chunks of 64, whatever ``chunk_size`` says.
 FLA_CHUNK = 64
 ANY_ORDER = "sums on CUDA are taken in the order in which threads arrive"

@@ -56,8 +56,8 @@ def test_shared_keys_are_one_set_and_heads_choose_by_their_own_queries():
     layer, own = build("peer"), build("peer", shared_keys=False)
     assert layer.keys.shape == (1, 2, 6, 3)
     assert own.keys.shape == (2, 2, 6, 3)
-    slots = layer._select(randn(2, 9, D), None).slots
-    assert (slots[:, :, 0].sort(-1).values != slots[:, :, 1].sort(-1).values).any()
+    slots, _ = layer._choose(randn(2, 9, D), None)
+    assert (slots[:, 0].sort(-1).values != slots[:, 1].sort(-1).values).any()
 
 
 def test_flops_grow_with_the_root_of_the_number_of_experts():

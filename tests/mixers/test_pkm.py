@@ -9,7 +9,8 @@ from torch.nn import functional
 from mixers import registry
 from mixers.base import ParameterOptions
 from mixers.errors import UserError
-from mixers.product_keys import dot_rows, select
+from mixers.product_keys import choose, dot_rows, select
+from tests.mixers.test_fwpkm_state import Largest
 
 D = 10
 SMALL = {"d_model": D, "n_heads": 2, "top_k": 3, "n_subkeys": 6, "key_dim": 6}
@@ -102,6 +103,37 @@ def test_product_keys_find_the_best_slots():
         got = select(q, keys, 5, score)
         torch.testing.assert_close(got.scores, want.values)
         assert torch.equal(got.slots, want.indices)
+
+
+@pytest.mark.parametrize("score", ["dot", "idw"])
+@pytest.mark.parametrize(("n", "top_k"), [(7, 5), (3, 3), (1, 1), (20, 2)])
+def test_choose_is_select_with_its_gradients(score, n, top_k):
+    torch.manual_seed(n)
+    leaves = q, keys = randn(2, 9, 3, 8).requires_grad_(), randn(2, 3, 2, n, 4).requires_grad_()
+    want, (slots, scores) = select(q, keys, top_k, score), choose(q, keys, top_k, score)
+    assert torch.equal(slots, want.slots)
+    torch.testing.assert_close(scores, want.scores, rtol=0, atol=1e-12)
+    weights = randn(*scores.shape)
+    got, wanted = (torch.autograd.grad((y * weights).sum(), leaves) for y in (scores, want.scores))
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["pkm", "peer"])
+def test_training_forms_neither_the_rows_nor_the_sub_keys_of_all_accesses(name):
+    """Nothing as large as B T H k rows or sub-keys; the reference of peer shows that gathered rows would be seen."""
+    torch.manual_seed(0)
+    found = {}
+    for impl in ("sparse", "reference"):
+        layer = registry.build(name, {"d_model": 32, "n_heads": 2, "top_k": 8, "n_subkeys": 8, "impl": impl})
+        x = torch.randn(2, 50, 32, requires_grad=True)
+        with Largest(*layer.parameters()) as largest:
+            layer(x).y.square().sum().backward()
+        found[impl] = largest.n_elements
+    accesses = 2 * 50 * 2 * 8
+    assert found["sparse"] < accesses * 32 / 2
+    if name == "peer":
+        assert found["reference"] >= accesses * 32
 
 
 def test_dot_rows_takes_each_memorys_own_rows():
