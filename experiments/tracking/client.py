@@ -64,8 +64,9 @@ def shown(uri: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The first telling line of an error's message."""
+    """The first telling line of an error's message; SQLAlchemy begins some with a hint in brackets."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("(raised as a result of")] or lines
     return shown(lines[0]) if lines else type(error).__name__
 
 
