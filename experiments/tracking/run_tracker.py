@@ -102,14 +102,14 @@ class RunTracker:
             if self._done.wait(budget_s):
                 unsynced.unmark(folder)
                 return
-            self._left_behind.set()
+            self.abandon()
             _ailing.add(self.uri)
             self.behind = True
             self.problem = self.problem or f"no answer within {budget_s:g} s"
             unsynced.mark(folder, self.problem)
 
     def abandon(self) -> None:
-        """End the thread as the end of the process would: what is buffered is lost."""
+        """End the thread after the call that it is in; what is buffered is lost, as at the end of the process."""
         self._left_behind.set()
         self._due.set()
 
