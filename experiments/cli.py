@@ -1,8 +1,9 @@
-"""``mixlab train``, ``evaluate`` and ``sync``; ``bench`` and ``doctor`` have files of their own."""
+"""``mixlab train`` and ``evaluate``; ``bench`` and ``doctor`` have files of their own."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +26,30 @@ def runs_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+def store_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Sets ``MLFLOW_TRACKING_URI``, which the processes of workers inherit."""
+
+    def take(context: click.Context, option: click.Parameter, uri: str | None) -> None:
+        if uri is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = uri
+
+    return click.option(
+        "--store",
+        metavar="URL",
+        callback=take,
+        expose_value=False,
+        help="Tracking store: sqlite:///FILE, postgresql://..., http://HOST:PORT; default $MLFLOW_TRACKING_URI or "
+        "RUNS/mlflow.db.",
+    )(command)
+
+
 @click.command()
 @click.argument("experiment")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @json_option
 @click.option("--no-tracking", is_flag=True, help="Write the record only, nothing to MLflow.")
 @runs_option
+@store_option
 @plugin_option
 def train(
     experiment: str,
@@ -94,30 +113,6 @@ def evaluate(run: str, overrides: tuple[str, ...], as_json: bool, plugins: tuple
     _print_metrics(metrics)
 
 
-@click.command()
-@click.argument("sweep", required=False)
-@runs_option
-def sync(sweep: str | None, runs_dir: str | None) -> None:
-    """Bring MLflow up to date with the records on disk, of SWEEP or of all."""
-    from experiments.errors import UserError, nearest
-    from experiments.paths import artifact_root, runs_root, tracking_uri
-    from experiments.tracking import ensure_experiment, prepare_store
-    from experiments.tracking import sync as sync_sweep
-
-    runs = runs_root(runs_dir)
-    known = sorted({path.parent.parent.name for path in runs.glob("*/*/run.json")})
-    if sweep is not None and sweep not in known:
-        raise UserError(f"no records of {sweep!r} under {runs}{nearest(sweep, known)}")
-    uri = tracking_uri(runs)
-    prepare_store(uri, artifact_root(runs))
-    for name in known if sweep is None else [sweep]:
-        experiment_id = ensure_experiment(uri, name, artifact_root(runs), {})
-        report = sync_sweep(uri, experiment_id, runs, name)
-        click.echo(
-            f"{name}: {report.n_created} created, {report.n_updated} updated, {report.n_unchanged} already up to date"
-        )
-
-
 def _experiment(experiment: str, overrides: tuple[str, ...]) -> tuple[ExperimentConfig, str]:
     """The validated config, and the name that its record is filed under."""
     from experiments.config import ExperimentConfig, merged, read_toml
@@ -144,14 +139,18 @@ def _train(config: ExperimentConfig, identity: RunIdentity, runs: Path, *, track
     from experiments.paths import artifact_root, tracking_uri
     from experiments.progress import Interrupted
     from experiments.run import TrackingTarget, run_experiment
-    from experiments.tracking import ensure_experiment, prepare_store
+    from experiments.tracking import StoreOutOfReach, ensure_experiment, prepare_store
+    from experiments.tracking.unsynced import way_to_catch_up
 
     validate_model(config)
     target = None
     if tracked:
         uri = tracking_uri(runs)
-        prepare_store(uri, artifact_root(runs))
-        target = TrackingTarget(uri, ensure_experiment(uri, identity.sweep, artifact_root(runs), {}))
+        try:
+            prepare_store(uri, artifact_root(runs))
+            target = TrackingTarget(uri, ensure_experiment(uri, identity.sweep, artifact_root(runs), {}))
+        except StoreOutOfReach as error:
+            click.echo(f"mixlab: {way_to_catch_up(str(error), identity.sweep)}", err=True)
 
     asked_to_stop: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -237,4 +236,4 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
     Console().print(table)
 
 
-commands = [train, evaluate, sync, bench, doctor]
+commands = [train, evaluate, bench, doctor]

@@ -7,6 +7,8 @@
                        attempts.jsonl    one object a line: when, where and by which process it was started
                        checkpoint.pt     while unfinished, or when kept
                        outcome.json      last of all, atomically: outcome, reason, metrics, cost
+                       unsynced.json     while MLflow lacks something of the above: why
+                       .lock             held by the process that trains the run
 
 A folder without outcome.json is a run that has not finished.
 """

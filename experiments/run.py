@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -32,9 +33,11 @@ from experiments.records import (
     write_json,
     write_outcome,
 )
+from experiments.run_lock import run_lock
 from experiments.tasks import build_task
 from experiments.tasks.base import Task
 from experiments.tracking import RunTracker
+from experiments.tracking.unsynced import way_to_catch_up
 from experiments.train import Trainer, TrainResult, training_batch
 from experiments.turns import Turns
 
@@ -70,13 +73,29 @@ def run_experiment(
     compute = resolve_compute(config.train)
     validate_model(config)
     task = build_task(config.task, config.seed_for("data"))
+    with run_lock(folder):
+        return _run(config, identity, task, compute, folder, tracking, on_progress)
+
+
+def _run(
+    config: ExperimentConfig,
+    identity: RunIdentity,
+    task: Task,
+    compute: Compute,
+    folder: Path,
+    tracking: TrackingTarget | None,
+    on_progress: OnProgress | None,
+) -> RunOutcome:
+    before = read_outcome(folder)
+    if before is not None and before.outcome in FINAL_OUTCOMES:
+        return before  # by the process that held the lock until now
     write_identity(folder, identity, config.resolved())
     write_json(folder / "environment.json", environment(str(compute.device)))
     (folder / "outcome.json").unlink(missing_ok=True)
 
     tracker = _start_tracker(config, identity, tracking, before)
     recorder = _Recorder(folder, tracker)
-    turns = Turns(runs, str(compute.device))
+    turns = Turns(folder.parent.parent, str(compute.device))
     try:
         outcome = _train_and_measure(config, task, compute, folder, recorder, on_progress, turns)
     except Pruned as told:
@@ -101,6 +120,8 @@ def run_experiment(
         (folder / "checkpoint.pt").unlink(missing_ok=True)
     if tracker is not None:
         tracker.finish(outcome, folder)
+        if tracker.behind:
+            print(way_to_catch_up(tracker.problem, identity.sweep), file=sys.stderr, flush=True)
     return outcome
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from experiments.cli import runs_option
+from experiments.cli import runs_option, store_option
 from mixers.cli import json_option, load_plugins, plugin_option
+from sweeps.sync_cli import sync
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,6 +61,7 @@ def plan_command(sweep_file: str, overrides: tuple[str, ...], as_json: bool, plu
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("--json", "as_json", is_flag=True, help="Print every event as one JSON line.")
 @runs_option
+@store_option
 @plugin_option
 def run_command(
     sweep_file: str,
@@ -260,4 +262,4 @@ def _print_status(status: SweepStatus) -> None:
         console.print(Text(f"{failure.outcome}: {where}: {failure.reason}"))
 
 
-commands = [sweep]
+commands = [sweep, sync]

@@ -133,8 +133,11 @@ def run_sweep(
             )
 
         with stop.installed(), view:
+            if mirror is not None and mirror.problem:
+                view.show(Note(mirror.problem))
             result = driver.run(executor, resources.n_workers)
-        if mirror is not None and driver.attempts and not result.interrupted and (problem := mirror.catch_up()):
+        is_behind = mirror is not None and (bool(driver.attempts) or mirror.is_behind())
+        if is_behind and not result.interrupted and (problem := mirror.catch_up()):
             view.show(Note(problem))
         return result
 
@@ -283,6 +286,8 @@ class Driver:
 
     def _end(self, run: PlannedRun, arm_cell: ArmCellProgress, event: Ended | Lost) -> None:
         del self.running[run.key]
+        if self.mirror is not None and (behind := self.mirror.ended(run)):
+            self.view.show(Note(behind))
         was_alone = self.lone_key == run.key or self.n_slots == 1
         self.lone_key = None if self.lone_key == run.key else self.lone_key
         outcome = self.final_outcome(run.key)

@@ -2,70 +2,116 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments.errors import UserError
 from experiments.paths import artifact_root, tracking_uri
+from experiments.records import run_folder
+from experiments.tracking import unsynced
 from sweeps.plan import Plan, PlannedRun
 
 
 def open_store(runs: Path) -> None:
-    """Make the store if it doesn't exist yet; :class:`UserError` where it can't be used."""
-    from experiments.tracking import prepare_store
+    """Make the store if it doesn't exist yet; :class:`UserError` where it can never be used.
 
-    prepare_store(tracking_uri(runs), artifact_root(runs))
+    One that is only out of reach now is no error: the trainings need none.
+    """
+    from experiments.tracking import StoreOutOfReach, prepare_store
+
+    try:
+        prepare_store(tracking_uri(runs), artifact_root(runs))
+    except StoreOutOfReach:
+        return
+
+
+def experiment_tags(question: str, metric: dict[str, str]) -> dict[str, str]:
+    """What MLflow's experiment says about its sweep; ``metric`` has select, report and direction."""
+    names = ("select", "report", "direction")
+    return {"mixlab.question": question, **{f"mixlab.metric.{name}": metric[name] for name in names}}
 
 
 @dataclass
 class SweepMirror:
-    """Where the runs of a sweep are mirrored."""
+    """Where the runs of a sweep are mirrored.
 
-    uri: str
-    experiment_id: str
-    parents: dict[tuple[str, str], str]  # (arm, cell) -> parent run
+    experiment_id: "" where the store is out of reach: then nothing is mirrored before the end of the sweep.
+    problem: what is to be said about the store, once; "" when all is well.
+    """
+
+    plan: Plan
     runs: Path
-    sweep: str
+    uri: str
+    experiment_id: str = ""
+    parents: dict[tuple[str, str], str] = field(default_factory=dict)  # (arm, cell) -> parent run
+    problem: str = ""
+    _told: bool = False
 
     @classmethod
     def prepare(cls, plan: Plan, runs: Path) -> SweepMirror:
-        """Create what is missing in the store, which :func:`open_store` has made."""
-        from experiments.tracking import ensure_experiment, ensure_parent
+        """Create what is missing in the store, and close the runs that an earlier driver left RUNNING."""
+        mirror = cls(plan, runs, tracking_uri(runs))
+        try:
+            mirror._prepare()
+        except UserError as error:
+            mirror.experiment_id = ""
+            mirror.problem = unsynced.way_to_catch_up(str(error), mirror.sweep)
+        return mirror
 
-        sweep, uri, root = plan.sweep, tracking_uri(runs), artifact_root(runs)
-        tags = {
-            "mixlab.question": sweep.question,
-            "mixlab.metric.select": sweep.metric.select,
-            "mixlab.metric.report": sweep.metric.report,
-            "mixlab.metric.direction": sweep.metric.direction,
-        }
-        experiment_id = ensure_experiment(uri, sweep.name, root, tags)
-        parents = {
-            (arm_cell.arm, arm_cell.cell): ensure_parent(
-                uri,
-                experiment_id,
-                sweep=sweep.name,
-                arm=arm_cell.arm,
-                cell=arm_cell.cell,
-                factors=arm_cell.factors,
-                pattern=arm_cell.pattern,
-            )
-            for arm_cell in plan.arm_cells
-        }
-        return cls(uri, experiment_id, parents, runs, sweep.name)
+    @property
+    def sweep(self) -> str:
+        return self.plan.sweep.name
 
-    def target(self, run: PlannedRun) -> dict[str, str]:
+    def target(self, run: PlannedRun) -> dict[str, str] | None:
         """The fields of the worker's ``TrackingTarget``."""
+        if not self.experiment_id:
+            return None
         parent_id = self.parents[run.identity.arm, run.identity.cell]
         return {"uri": self.uri, "experiment_id": self.experiment_id, "parent_id": parent_id}
+
+    def ended(self, run: PlannedRun) -> str:
+        """What is to be said now that ``run`` has ended: the first time that the mirror is behind, else nothing."""
+        folder = run_folder(self.runs, self.sweep, run.key)
+        if not self.experiment_id:
+            unsynced.mark(folder, "the store was out of reach")
+        problem = unsynced.problem_of(folder)
+        if not problem or self._told or self.problem:
+            return ""
+        self._told = True
+        return unsynced.way_to_catch_up(problem, self.sweep)
+
+    def is_behind(self) -> bool:
+        return unsynced.any_unsynced(self.runs / self.sweep)
 
     def catch_up(self) -> str:
         """Bring runs up to date that a worker could not mirror; returns what went wrong, in words, or nothing."""
         from experiments.tracking import sync
 
         try:
-            open_store(self.runs)  # a server that is gone says so at once
+            self._prepare()  # a server that is gone says so at once
             sync(self.uri, self.experiment_id, self.runs, self.sweep)
         except UserError as error:
-            return f"{error}; `mixlab sync {self.sweep}` catches up later"
+            return unsynced.way_to_catch_up(str(error), self.sweep)
         return ""
+
+    def _prepare(self) -> None:
+        from experiments.tracking import ensure_experiment, ensure_parent, mirror_lock, prepare_store, sync
+
+        sweep, root = self.plan.sweep, artifact_root(self.runs)
+        prepare_store(self.uri, root)
+        tags = experiment_tags(sweep.question, sweep.metric.model_dump())
+        self.experiment_id = ensure_experiment(self.uri, sweep.name, root, tags)
+        with mirror_lock(self.runs / sweep.name):
+            self.parents = {
+                (arm_cell.arm, arm_cell.cell): ensure_parent(
+                    self.uri,
+                    self.experiment_id,
+                    sweep=sweep.name,
+                    arm=arm_cell.arm,
+                    cell=arm_cell.cell,
+                    factors=arm_cell.factors,
+                    pattern=arm_cell.pattern,
+                )
+                for arm_cell in self.plan.arm_cells
+            }
+        sync(self.uri, self.experiment_id, self.runs, sweep.name, orphans_only=True)

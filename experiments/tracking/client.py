@@ -16,11 +16,20 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 
-def load_mlflow() -> None:
-    """Import MLflow without its telemetry and messages: what goes wrong is reported in our own words."""
+def load_mlflow(uri: str = "") -> None:
+    """Import MLflow without its telemetry and messages: what goes wrong is reported in our own words.
+
+    With a ``uri``, also what its kind of store needs.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    import mlflow.tracking  # noqa: F401
+    # A server that is gone or hangs is an error soon: MLflow's own seven tries of two minutes each would hide it.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    import mlflow.tracking
+
+    if uri and not uri.startswith("http"):
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -55,8 +64,9 @@ def shown(uri: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The first telling line of an error's message."""
+    """The first telling line of an error's message; SQLAlchemy begins some with a hint in brackets."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("(raised as a result of")] or lines
     return shown(lines[0]) if lines else type(error).__name__
 
 

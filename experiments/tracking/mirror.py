@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.records import RunIdentity, RunOutcome, finite, read_metrics
+from experiments.records import RunIdentity, RunOutcome, RunRecord, finite, read_metrics
 from experiments.tracking import schema
 from experiments.tracking.client import all_runs
 from experiments.tracking.schema import Point
@@ -31,22 +32,26 @@ def open_run(
     parent_id: str | None,
     tags: dict[str, str],
     run_id: str = "",
-    start_time_ms: int | None = None,
 ) -> tuple[Run, bool]:
     """The run of this key, RUNNING, with its tags and params; and whether it was there before.
 
     ``run_id`` is the run of an earlier try. Where it is not to be had any more, the run is found by its key, so that
     no key ever has two.
     """
-    tags = {**schema.clipped_tags(tags), **schema.identity_tags(identity)}
-    if parent_id:
-        tags[schema.PARENT_RUN] = parent_id
+    tags = run_tags(identity, parent_id, tags)
     found = _find_run(client, experiment_id, identity.key, run_id)
-    run = found or client.create_run(experiment_id, start_time=start_time_ms, tags=tags)
+    run = found or client.create_run(experiment_id, tags=tags)
     if found:
-        _reopen(client, found, tags)
+        _set_tags(client, found, tags, stale=(schema.OUTCOME, schema.REASON, schema.MIRRORED))
+        client.update_run(found.info.run_id, status="RUNNING")
     _log_params(client, run, schema.params(config))
     return run, found is not None
+
+
+def run_tags(identity: RunIdentity, parent_id: str | None, tags: dict[str, str]) -> dict[str, str]:
+    """The tags of a run from its start: ``tags``, who it is, and its parent."""
+    parent = {schema.PARENT_RUN: parent_id} if parent_id else {}
+    return {**schema.clipped_tags(tags), **schema.identity_tags(identity), **parent}
 
 
 def log_points(client: MlflowClient, run_id: str, points: list[Point]) -> None:
@@ -62,24 +67,50 @@ def last_steps(client: MlflowClient, run: Run) -> dict[str, int]:
     return {name: max(m.step for m in client.get_metric_history(run.info.run_id, name)) for name in run.data.metrics}
 
 
-def mirror_record(client: MlflowClient, run: Run, folder: Path, outcome: RunOutcome | None) -> None:
-    """Add the points of the record in ``folder`` that the run lacks, and close it.
+def bring_up_to_date(
+    client: MlflowClient,
+    experiment_id: str,
+    record: RunRecord,
+    run: Run | None,
+    *,
+    parent_id: str | None,
+    tags: dict[str, str],
+) -> Run:
+    """Make ``run`` say what the record says, and close it; returns it.
 
-    A point of metrics.jsonl is there if its metric has any value at its step: a training that repeats steps after a
-    restart records them anew, at another time.
+    A point of metrics.jsonl is there if its metric has its value at its step: a training that repeats steps after a
+    restart records them anew, at another time. MLflow can't take points back: a run that has one which the record
+    lacks (a try that was cut off went further, or elsewhere), or one twice, is deleted, and a new run takes its place.
     """
-    rows = read_metrics(folder)
-    wanted = schema.row_points(rows)
-    final = schema.final_points(outcome, final_time_ms(wanted)) if outcome else []
-    names = {point.name for point in (*wanted, *final)} & set(run.data.metrics)
-    there = [m for name in names for m in client.get_metric_history(run.info.run_id, name)]
-    steps = {(m.key, m.step) for m in there}
-    log_points(client, run.info.run_id, [p for p in wanted if (p.name, p.step) not in steps])
-    given = {without_time(p) for p in wanted} | {
-        without_time(Point(m.key, m.value, m.step, m.timestamp)) for m in there
-    }
-    log_points(client, run.info.run_id, [p for p in final if without_time(p) not in given])
-    close_run(client, run.info.run_id, folder, outcome, end_time_ms=final_time_ms(wanted))
+    logged = schema.row_points(read_metrics(record.folder))
+    end_time_ms = final_time_ms(logged)
+    final = schema.final_points(record.outcome, end_time_ms) if record.outcome else []
+    wanted = {without_time(point): point for point in (*final, *logged)}
+    there = [] if run is None else _points_of(client, run)
+    if run is not None and _contradicts(there, wanted):
+        client.delete_run(run.info.run_id)
+        run, there = None, []
+    tags = run_tags(record.identity, parent_id, tags)
+    if run is None:
+        start_time_ms = min((point.time_ms for point in logged), default=None)
+        run = client.create_run(experiment_id, start_time=start_time_ms, tags=tags)
+    else:
+        _set_tags(client, run, tags, stale=() if record.outcome and record.outcome.reason else (schema.REASON,))
+    _log_params(client, run, schema.params(record.config))
+    given = {without_time(point) for point in there}
+    log_points(client, run.info.run_id, [point for value, point in wanted.items() if value not in given])
+    close_run(client, run.info.run_id, record.folder, record.outcome, end_time_ms)
+    return run
+
+
+def _points_of(client: MlflowClient, run: Run) -> list[Point]:
+    histories = (client.get_metric_history(run.info.run_id, name) for name in run.data.metrics)
+    return [Point(m.key, m.value, m.step, m.timestamp) for history in histories for m in history]
+
+
+def _contradicts(there: list[Point], wanted: Collection[tuple[str, int, str]]) -> bool:
+    given = {without_time(point) for point in there}
+    return len(given) < len(there) or not given <= set(wanted)
 
 
 def without_time(point: Point) -> tuple[str, int, str]:
@@ -119,14 +150,13 @@ def _find_run(client: MlflowClient, experiment_id: str, key: str, run_id: str) -
     return next(iter(preferred or by_key), None)
 
 
-def _reopen(client: MlflowClient, run: Run, tags: dict[str, str]) -> None:
+def _set_tags(client: MlflowClient, run: Run, tags: dict[str, str], *, stale: tuple[str, ...]) -> None:
     from mlflow.entities import RunTag
 
-    for name in (schema.OUTCOME, schema.REASON, schema.MIRRORED):
+    for name in stale:
         if name in run.data.tags:
             client.delete_tag(run.info.run_id, name)
     client.log_batch(run.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
-    client.update_run(run.info.run_id, status="RUNNING")
 
 
 def _log_params(client: MlflowClient, run: Run, params: dict[str, str]) -> None:

@@ -14,12 +14,16 @@ from typing import Any
 
 from experiments.errors import UserError, nearest
 from experiments.tracking import schema
-from experiments.tracking.client import all_runs, client_of, load_mlflow, shown, store_errors
+from experiments.tracking.client import all_runs, client_of, load_mlflow, one_line, shown, store_errors
 
 SQL_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql")
 SERVER_SCHEMES = ("http", "https")
 REACH_TIMEOUT_S = 5.0
 WAY_OUT = "set MLFLOW_TRACKING_URI to another store, or unset it for a SQLite file among the runs"
+
+
+class StoreOutOfReach(UserError):
+    """The store is named well, but does not answer now: a server that is down, a database that is locked or full."""
 
 
 def prepare_store(uri: str, artifact_root: str) -> None:
@@ -28,7 +32,8 @@ def prepare_store(uri: str, artifact_root: str) -> None:
     A SQLite file is made complete under another name and then moved into place, so that nobody ever sees half of it.
     ``artifact_root`` (a URI) is where MLflow keeps files of its default experiment; a server decides for itself.
 
-    Raises UserError for a URI that names no store, a folder or file that can't be written, and an unreachable server.
+    Raises UserError for a URI that names no store, and a folder or file that can't be written; StoreOutOfReach for a
+    server or a database that does not answer.
     """
     kind = _scheme(uri)
     if kind in SERVER_SCHEMES:
@@ -36,8 +41,8 @@ def prepare_store(uri: str, artifact_root: str) -> None:
     elif kind == "sqlite":
         _prepare_sqlite(uri, artifact_root)
     else:
+        _check_database(uri)
         with store_errors(uri, WAY_OUT):
-            _check_database(uri)
             _create_tables(uri, artifact_root)
 
 
@@ -101,8 +106,7 @@ def probe_store(uri: str) -> str:
         _check_server(uri)
         return "server answers"
     if kind != "sqlite":
-        with store_errors(uri, WAY_OUT):
-            _check_database(uri)
+        _check_database(uri)
         return "database answers"
     path = sqlite_path(uri)
     assert path is not None
@@ -144,11 +148,13 @@ def _check_server(uri: str) -> None:
         answer = requests.get(uri, timeout=REACH_TIMEOUT_S)
     except requests.RequestException as error:
         reason = type(error).__name__
-        raise UserError(
+        raise StoreOutOfReach(
             f"tracking store {shown(uri)}: server can't be reached ({reason}); start it, or {WAY_OUT}"
         ) from None
     if answer.status_code >= 500:
-        raise UserError(f"tracking store {shown(uri)}: server answers {answer.status_code}; mend it, or {WAY_OUT}")
+        raise StoreOutOfReach(
+            f"tracking store {shown(uri)}: server answers {answer.status_code}; mend it, or {WAY_OUT}"
+        )
     with store_errors(uri, f"check address and credentials, or {WAY_OUT}"):
         client_of(uri).search_experiments(max_results=1)
 
@@ -156,10 +162,19 @@ def _check_server(uri: str) -> None:
 def _check_database(uri: str) -> None:
     """One connection before MLflow's own attempts, which go on for minutes."""
     import sqlalchemy
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 
-    engine = sqlalchemy.create_engine(uri)
+    try:
+        url = sqlalchemy.make_url(uri)
+        patience = {"connect_timeout": int(REACH_TIMEOUT_S)} if url.get_backend_name() == "postgresql" else {}
+        engine = sqlalchemy.create_engine(url, connect_args=patience)
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+        driver = "; pip install 'mixlab[postgres]'" if _scheme(uri) == "postgresql" else ""
+        raise UserError(f"tracking store {shown(uri)}: {one_line(error)}{driver}, or {WAY_OUT}") from None
     try:
         engine.connect().close()
+    except OperationalError as error:
+        raise StoreOutOfReach(f"tracking store {shown(uri)}: {one_line(error.orig or error)}; {WAY_OUT}") from None
     finally:
         engine.dispose()
 
@@ -194,7 +209,9 @@ def _check_takes_writing(uri: str, path: Path) -> None:
         finally:
             connection.close()
     except sqlite3.Error as error:
-        raise UserError(f"tracking store {uri}: {error}; {WAY_OUT}") from None
+        passes = error.sqlite_errorcode in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL)
+        kind = StoreOutOfReach if passes else UserError
+        raise kind(f"tracking store {uri}: {error}; {WAY_OUT}") from None
 
 
 def _create_sqlite_file(path: Path, artifact_root: str) -> None:
