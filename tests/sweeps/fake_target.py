@@ -4,8 +4,8 @@
 
     n_steps, step_s           length of a run
     stuck_s                   an uninterruptible wait in every run
-    outcome                   {"<seed or trial lr>": "diverged" | "raise" | "die" | "die_once" | "hang_once" |
-                              "memory" | "memory_beside_others"}
+    outcome                   {"<seed or trial lr>": "diverged" | "raise" | "die" | "die_once" | "killed" |
+                              "hang_once" | "memory" | "memory_beside_others"}
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ def run_experiment(
     if fate == "raise":
         raise ValueError("this seed is bad")
     if fate == "die" or (fate == "die_once" and len((folder / "starts.log").read_text().split()) == 1):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if fate == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     first = len((folder / "starts.log").read_text().split()) == 1
     if fate == "hang_once" and first:

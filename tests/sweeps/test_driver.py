@@ -95,12 +95,12 @@ def test_a_killed_worker_is_replaced_and_its_run_tried_once_more(tmp_path, behav
     assert result.outcomes == {"finished": 2, "failed": 2}
     retried = [event for event in events if event["event"] == "run_retried"]
     assert len(retried) == 4
-    assert "SIGKILL" in retried[0]["reason"]
+    assert "SIGSEGV" in retried[0]["reason"]
     for record in read_sweep_runs(tmp_path / "runs", "tiny"):
         starts = (record.folder / "starts.log").read_text().split()
         assert len(starts) == 2
         if record.identity.seed == 1:
-            assert record.outcome.reason.startswith("the worker was ended by signal SIGKILL")
+            assert record.outcome.reason.startswith("the worker was ended by signal SIGSEGV")
             assert "in each of 2 attempts" in record.outcome.reason
 
 
