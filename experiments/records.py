@@ -99,8 +99,10 @@ def tidy_run(folder: Path) -> None:
     checkpoint = folder / "checkpoint.pt"
     if not checkpoint.exists():
         return
-    outcome, config = read_outcome(folder), read_json(folder / "config.json")
-    if outcome is not None and outcome.outcome in FINAL_OUTCOMES and not config["train"]["keep_checkpoint"]:
+    run = read_run(folder)
+    if run is None or run.outcome is None or run.outcome.outcome not in FINAL_OUTCOMES:
+        return
+    if not run.config["train"]["keep_checkpoint"]:
         checkpoint.unlink()
 
 
