@@ -100,8 +100,8 @@ def tidy_run(folder: Path) -> None:
     if not checkpoint.exists():
         return
     run = read_run(folder)
-    if run is None or run.outcome is None or run.outcome.outcome not in FINAL_OUTCOMES:
-        return
+    if run is None or run.outcome is None or run.outcome.outcome not in FINAL_OUTCOMES - {"failed"}:
+        return  # a failed run that is tried again goes on from there
     if not run.config["train"]["keep_checkpoint"]:
         checkpoint.unlink()
 

@@ -3,5 +3,13 @@
 import os
 import sys
 
+from mixers.registry import register
+from mixers.softmax import SoftmaxAttention
+
 if "sweeps.worker" in sys.orig_argv and os.path.exists(os.environ["CHAOS_FLAG"]):
     raise RuntimeError("this plugin is broken")
+
+
+@register("chaos_broken")
+class Broken(SoftmaxAttention):
+    """Softmax attention that no arm uses."""

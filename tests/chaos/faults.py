@@ -23,6 +23,8 @@ UNTRACKED = ("--no-tracking",)
 SIXTY = SWEEP.replace("[tune]", '[vary]\n"task.n_pairs" = [2, 4]\n[tune]')
 SIXTY = SIXTY.replace("seeds = [0, 1]", "seeds = [0, 1, 2, 3, 4, 5]").replace("tune_trials = 2", "tune_trials = 9")
 END_WITHIN_S = 5.0
+# The first run of a worker is silent for seconds while its libraries warm up, longer beside other processes.
+STALL_S = 20
 
 
 class Skipped(Exception):
@@ -97,7 +99,7 @@ def ctrl_c_twice(sandbox: Sandbox) -> None:
 
 
 def hang(sandbox: Sandbox) -> None:
-    """A worker that is stopped in a run, with --stall-after 5."""
+    """A worker that is stopped in a run, for longer than --stall-after."""
     sandbox.start()
     sandbox.wait_event("run_progress", 2)
     # One of two may be between two runs: both are stopped, so that at least one hangs in a run.
@@ -113,7 +115,7 @@ def suspend(sandbox: Sandbox) -> None:
     sandbox.start()
     sandbox.wait_event("run_progress", 2)
     sandbox.signal(sandbox.driver.process.pid, signal.SIGSTOP)
-    time.sleep(6)
+    time.sleep(STALL_S + 2)
     os.kill(sandbox.driver.process.pid, signal.SIGCONT)
     if (code := sandbox.finish()) != 0:
         raise AssertionError(f"the sweep ended with {code}: {sandbox.errors()[-500:]}")
@@ -252,8 +254,8 @@ FAULTS = {
     "sigterm": Fault(sigterm),
     "ctrl_c": Fault(ctrl_c, tracked=True),
     "ctrl_c_twice": Fault(ctrl_c_twice, n=2),
-    "hang": Fault(hang, options=("--stall-after", "5")),
-    "suspend": Fault(suspend, options=("--stall-after", "5")),
+    "hang": Fault(hang, options=("--stall-after", str(STALL_S))),
+    "suspend": Fault(suspend, options=("--stall-after", str(STALL_S))),
     "memory": Fault(memory, text=HUNGRY, options=("--plugin", str(HERE / "hungry.py"))),
     "broken_plugin": Fault(broken_plugin, options=("--plugin", str(HERE / "broken.py"))),
     "torn_records": Fault(torn_records, n=3),

@@ -37,7 +37,7 @@ class Verdict:
 def read_found(runs: Path) -> Found:
     saved = read_json(runs / NAME / "sweep.json") or {"runs": [], "chosen": {}}
     found = Found(planned=[run["key"] for run in saved["runs"]], chosen=saved["chosen"])
-    for folder in (runs / NAME).iterdir():
+    for folder in (runs / NAME).glob("*"):
         outcome = read_outcome(folder) if folder.is_dir() else None
         if outcome is None or outcome.outcome not in FINAL_OUTCOMES:
             continue
