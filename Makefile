@@ -1,6 +1,7 @@
-# Two commands on a fresh machine (python3, git, make):
+# Commands on a fresh machine (python3, git, make):
 #   make demo   sets up .venv and runs the main job: five mixers, one sweep, a comparison
 #   make test   sets up .venv and runs the tests
+#   make chaos  kills, stops, fills and tears a sweep in every way, 10 minutes at most, and prints what it survived
 # and on a machine with an NVIDIA GPU
 #   make gpu-check   the contract and the kernels' equality on CUDA, one report: gpu-check.md
 #                    (GPU_PYTHON=python3: with an installed Python instead of .venv)
@@ -13,7 +14,7 @@ TORCH := torch==2.13.0
 GPU_PYTHON ?= $(BIN)/python
 GPU_WORKERS ?= 8
 
-.PHONY: demo test gpu-check lint format dashboard clean
+.PHONY: demo test chaos gpu-check lint format dashboard clean
 
 demo: $(VENV)/.ready
 	$(BIN)/mixlab sweep run quickstart
@@ -23,6 +24,9 @@ demo: $(VENV)/.ready
 # One thread per test process: they share the cores.
 test: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+chaos: $(VENV)/.ready-dev
+	$(BIN)/python -m tests.chaos
 
 gpu-check: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.ready-dev)
 	$(GPU_PYTHON) -m pytest -n $(GPU_WORKERS) --max-worker-restart 100 -m cuda --gpu-report gpu-check.md tests/mixers

@@ -11,6 +11,7 @@ import experiments.cli
 import mixers.cli
 import sweeps.cli
 from experiments.errors import UserError
+from experiments.records import is_full
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -41,6 +42,11 @@ def main() -> None:
         # The reader of a pipe, such as head, has left: nothing more to say.
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        click.echo(f"mixlab: {error}; free some space and start the same command again: it goes on", err=True)
+        sys.exit(2)
     sys.exit(status if isinstance(status, int) else 0)
 
 

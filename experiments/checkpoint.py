@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,16 @@ from experiments.errors import UserError
 def save_checkpoint(path: Path, values: dict[str, Any]) -> None:
     """``values``: tensors and plain containers. A reader sees the old file or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    torch.save(values, temporary)
-    os.replace(temporary, path)
+    try:
+        torch.save(values, temporary)
+        os.replace(temporary, path)
+    except BaseException as error:
+        # torch has no exception of its own for it
+        is_full = isinstance(error, RuntimeError) and shutil.disk_usage(path.parent).free == 0
+        temporary.unlink(missing_ok=True)
+        if is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ A folder without outcome.json is a run that has not finished.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -77,12 +78,40 @@ def write_json(path: Path, value: Any) -> None:
     """Write atomically: a reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(finite(value), file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(finite(value), file, indent=1, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def clear_temporaries(folder: Path) -> None:
+    """Remove what a killed process was just writing. Only for whoever owns the folder."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def tidy_run(folder: Path) -> None:
+    """Do what a process that was killed at the very end of a run has left undone. Only for whoever owns the folder."""
+    clear_temporaries(folder)
+    checkpoint = folder / "checkpoint.pt"
+    if not checkpoint.exists():
+        return
+    run = read_run(folder)
+    if run is None or run.outcome is None or run.outcome.outcome not in FINAL_OUTCOMES - {"failed"}:
+        return  # a failed run that is tried again goes on from there
+    if not run.config["train"]["keep_checkpoint"]:
+        checkpoint.unlink()
+
+
+def is_full(error: OSError) -> bool:
+    """Whether there was no space left to write: no run is to blame for that, and none can go on."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def finite(value: Any) -> Any:
@@ -154,6 +183,15 @@ def n_attempts(folder: Path) -> int:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a torn last line is left out."""
     return _read_lines(folder / "metrics.jsonl")
+
+
+def metrics_are_torn(folder: Path) -> bool:
+    """Whether metrics.jsonl ends in the middle of a line: nobody knows what else it has lost."""
+    try:
+        content = (folder / "metrics.jsonl").read_bytes()
+    except FileNotFoundError:
+        return False
+    return bool(content) and not content.endswith(b"\n")
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
 import traceback
@@ -25,7 +26,10 @@ from experiments.records import (
     Outcome,
     RunIdentity,
     RunOutcome,
+    clear_temporaries,
     finite,
+    is_full,
+    metrics_are_torn,
     read_metrics,
     read_outcome,
     run_folder,
@@ -63,7 +67,8 @@ def run_experiment(
 
     A training that raises ends as ``failed`` with the reason; :class:`Interrupted` ends as ``killed``, the checkpoint
     saved; :class:`Pruned` ends as ``pruned``. All are recorded, none is raised. User mistakes in the config raise
-    before anything is written.
+    before anything is written, and a full disk raises its ``OSError``: that is nothing that the run could keep as its
+    result.
     """
     folder = run_folder(runs, identity.sweep, identity.key)
     before = read_outcome(folder)
@@ -89,6 +94,10 @@ def _run(
     before = read_outcome(folder)
     if before is not None and before.outcome in FINAL_OUTCOMES:
         return before  # by the process that held the lock until now
+    clear_temporaries(folder)
+    if metrics_are_torn(folder):  # rows from before the checkpoint may be gone with the rest: all are made again
+        for name in ("metrics.jsonl", "checkpoint.pt"):
+            (folder / name).unlink(missing_ok=True)
     write_identity(folder, identity, config.resolved())
     write_json(folder / "environment.json", environment(str(compute.device)))
     (folder / "outcome.json").unlink(missing_ok=True)
@@ -105,7 +114,9 @@ def _run(
         outcome = recorder.ended("killed", "interrupted; the same command resumes it")
     except (torch.OutOfMemoryError, MemoryError) as error:
         outcome = recorder.ended("failed", f"{OUT_OF_MEMORY}: {error}")
-    except Exception as error:  # noqa: BLE001  the boundary of a run: any failure is a result, kept with its reason
+    except Exception as error:
+        if isinstance(error, OSError) and is_full(error):
+            raise  # with space again, the same run goes on
         traceback.print_exc()
         # The CPU's allocator has no exception of its own.
         is_memory = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
@@ -259,4 +270,7 @@ class _Recorder:
         return 0.0 if self.tracker is None else self.tracker.seconds
 
     def close(self) -> None:
+        """All rows are on the disk before an outcome says that the run is complete."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
         self.file.close()

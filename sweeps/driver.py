@@ -16,9 +16,11 @@ from experiments.records import (
     FINAL_OUTCOMES,
     OUT_OF_MEMORY,
     RunOutcome,
+    clear_temporaries,
     read_outcome,
     read_run,
     run_folder,
+    tidy_run,
     write_identity,
     write_outcome,
 )
@@ -47,6 +49,8 @@ from sweeps.saved import SavedSweep, write_saved
 from sweeps.tuning import Tuning, open_journal
 
 MAX_ATTEMPTS = 2
+# Of a run whose worker somebody kills: the run is not to blame, but there is an end to that too.
+MAX_KILLED_ATTEMPTS = 10
 POLL_S = 0.2
 # Workers get this long to save their checkpoints, then they are killed: 5 s after Ctrl-C all is over, the end of this
 # process included.
@@ -117,7 +121,8 @@ def run_sweep(
     folder = runs / sweep.name
     if tracked:
         open_store(runs)  # before anything else is created: a store that can't be used leaves no trace of the sweep
-    with driver_lock(folder):
+    with driver_lock(folder) as was_lost:
+        tidy(folder)
         mirror = SweepMirror.prepare(planned, runs) if tracked else None
         if retry_failed:
             _reopen(folder, "failed")
@@ -136,7 +141,8 @@ def run_sweep(
             if mirror is not None and mirror.problem:
                 view.show(Note(mirror.problem))
             result = driver.run(executor, resources.n_workers)
-        is_behind = mirror is not None and (bool(driver.attempts) or mirror.is_behind())
+        # A lost driver's last workers may have written their records, and had no time to mirror them.
+        is_behind = mirror is not None and (was_lost or bool(driver.attempts) or mirror.is_behind())
         if is_behind and not result.interrupted and (problem := mirror.catch_up()):
             view.show(Note(problem))
         return result
@@ -159,6 +165,7 @@ class Driver:
     lone_key: str | None = None
     n_slots: int = 1
     attempts: Counter[str] = field(default_factory=Counter)
+    kills: Counter[str] = field(default_factory=Counter)  # attempts that somebody ended from outside
 
     def __post_init__(self) -> None:
         sweep = self.plan.sweep
@@ -285,15 +292,20 @@ class Driver:
             self._end(run, arm_cell, event)
 
     def _end(self, run: PlannedRun, arm_cell: ArmCellProgress, event: Ended | Lost) -> None:
+        if isinstance(event, Ended) and event.halt:
+            name = run.identity.sweep
+            raise UserError(f"sweep {name}: {event.halt}; free some space and start it again: it goes on")
         del self.running[run.key]
         if self.mirror is not None and (behind := self.mirror.ended(run)):
             self.view.show(Note(behind))
         was_alone = self.lone_key == run.key or self.n_slots == 1
         self.lone_key = None if self.lone_key == run.key else self.lone_key
+        if isinstance(event, Lost):
+            tidy_run(run_folder(self.runs, run.identity.sweep, run.key))
         outcome = self.final_outcome(run.key)
         if outcome is None and self.stop.count:
             return  # killed, with or without a checkpoint: the next start goes on with it
-        if outcome is not None and no_memory(outcome) and not was_alone and self.attempts[run.key] < MAX_ATTEMPTS:
+        if outcome is not None and no_memory(outcome) and not was_alone and self._own_attempts(run) < MAX_ATTEMPTS:
             reopen(run_folder(self.runs, run.identity.sweep, run.key), outcome)
             self.alone.append((run, arm_cell))
             reason = f"{outcome.reason}; it is tried once more, alone"
@@ -301,24 +313,31 @@ class Driver:
             return
         if outcome is None:
             reason = event.reason if isinstance(event, Lost) else "it ended without a result"
-            if self.attempts[run.key] < MAX_ATTEMPTS:
-                # The system may have killed it for want of memory: without neighbours it may have enough.
-                (self.again if was_alone else self.alone).append((run, arm_cell))
+            from_outside = isinstance(event, Lost) and event.from_outside
+            self.kills[run.key] += from_outside
+            n_attempts = self.kills[run.key] if from_outside else self._own_attempts(run)
+            if n_attempts < (MAX_KILLED_ATTEMPTS if from_outside else MAX_ATTEMPTS):
+                # The system may have ended it for want of memory: without neighbours it may have enough.
+                (self.again if was_alone or from_outside else self.alone).append((run, arm_cell))
                 self.view.show(RunRetried(run.key, run.identity.arm, run.identity.cell, event.worker, reason))
                 return
-            outcome = self._record_lost(run, reason)
+            outcome = self._record_lost(run, f"{reason}, in each of {n_attempts} attempts")
         choice = arm_cell.record(run, outcome)
         self._show_end(run, arm_cell, outcome, event.worker)
         if choice is not None:
             self.save()
             self._show_choice(arm_cell)
 
+    def _own_attempts(self, run: PlannedRun) -> int:
+        """Attempts of which the run itself brought about the end."""
+        return self.attempts[run.key] - self.kills[run.key]
+
     def _record_lost(self, run: PlannedRun, reason: str) -> RunOutcome:
         """The result of a run that took its worker with it every time."""
         folder = run_folder(self.runs, run.identity.sweep, run.key)
         if read_run(folder) is None:
             write_identity(folder, run.identity, run.config.resolved())
-        outcome = RunOutcome("failed", f"{reason}, in each of {MAX_ATTEMPTS} attempts; see {folder / 'log.txt'}")
+        outcome = RunOutcome("failed", f"{reason}; see {folder / 'log.txt'}")
         write_outcome(folder, outcome)
         return outcome
 
@@ -405,6 +424,14 @@ class Driver:
         self.view.show(
             Chosen(arm_cell.arm_cell.arm, arm_cell.arm_cell.cell, choice.settings, choice.value, choice.reason)
         )
+
+
+def tidy(folder: Path) -> None:
+    """Do what a lost driver and its workers have left undone."""
+    clear_temporaries(folder)
+    for path in folder.iterdir():
+        if path.is_dir():
+            tidy_run(path)
 
 
 def _reopen(folder: Path, ended: str) -> None:

@@ -20,10 +20,15 @@ from typing import Any
 
 import sweeps
 from experiments.errors import UserError
+from experiments.records import OUT_OF_MEMORY
 
 TARGET = "experiments.run:run_experiment"
 # Workers that die before they are ready are started again; so many in a row mean that none can start.
 MAX_FAILED_STARTS = 2
+# One that is killed from outside while it starts says nothing about the next one, but there is an end to that too.
+MAX_KILLED_STARTS = 10
+# Imports from a slow disk may take minutes; a worker that has not come so far then will never be ready.
+START_PATIENCE_S = 600.0
 EXIT_PATIENCE_S = 2.0
 # A training reports after every step; building, compiling and evaluating a large model may take minutes in silence.
 STALL_PATIENCE_S = 1800.0
@@ -63,19 +68,24 @@ class Reported:
 
 @dataclass(frozen=True)
 class Ended:
-    """A job's record is complete: its folder holds the outcome."""
+    """A job's record is complete: its folder holds the outcome. ``halt`` says why no other run can go on either."""
 
     key: str
     worker: int
+    halt: str = ""
 
 
 @dataclass(frozen=True)
 class Lost:
-    """The worker went away in the middle of a job. ``reason`` names signal or exit code."""
+    """The worker went away in the middle of a job. ``reason`` names signal or exit code.
+
+    ``from_outside``: somebody killed it, for which the job is not to blame.
+    """
 
     key: str
     worker: int
     reason: str
+    from_outside: bool = False
 
 
 ExecutorEvent = Started | Reported | Ended | Lost
@@ -127,6 +137,7 @@ class _Worker:
     leaving: bool = False
     stuck: bool = False
     key: str | None = None
+    n_memory_kills: int | None = None  # of this machine, when its job began
 
 
 @dataclass
@@ -170,6 +181,7 @@ class LocalExecutor(Executor):
         worker = next(worker for worker in self._workers.values() if _is_free(worker))
         worker.key = job.key
         worker.heard_at = time.monotonic()
+        worker.n_memory_kills = memory_kills()
         line = json.dumps(asdict(job), allow_nan=False).encode() + b"\n"
         with contextlib.suppress(BrokenPipeError):  # it has just gone away: the end of its event pipe will say so
             worker.process.stdin.write(line)
@@ -200,10 +212,13 @@ class LocalExecutor(Executor):
         self._selector.close()
 
     def _end_stuck(self) -> None:
-        """Kill workers that hold a job and are silent; the end of their pipe says that the job is lost."""
+        """Kill workers that are silent with a job or never get ready; the end of their pipe says the rest."""
         now = time.monotonic()
         for worker in self._workers.values():
-            if self.patience_s and worker.key is not None and now - worker.heard_at > self.patience_s:
+            if worker.ready and worker.key is None:
+                continue
+            patience_s = self.patience_s if worker.ready else max(self.patience_s, START_PATIENCE_S)
+            if self.patience_s and now - worker.heard_at > patience_s:
                 worker.stuck = True
                 worker.process.kill()
 
@@ -257,7 +272,7 @@ class LocalExecutor(Executor):
             return Reported(worker.key, number, **message)
         assert kind == "ended", kind
         key, worker.key, worker.leaving = worker.key, None, message["leaving"]
-        return Ended(key, number)
+        return Ended(key, number, message.get("halt", ""))
 
     def _gone(self, number: int) -> list[ExecutorEvent]:
         """The pipe's other end is closed: the process is dead, or about to be."""
@@ -272,16 +287,36 @@ class LocalExecutor(Executor):
             worker.process.wait()
         if not worker.ready and not self._interrupted:
             self._failed_starts += 1
-            if self._failed_starts >= MAX_FAILED_STARTS:
+            was_killed = worker.process.returncode == -signal.SIGKILL and not worker.stuck
+            if self._failed_starts >= (MAX_KILLED_STARTS if was_killed else MAX_FAILED_STARTS):
                 raise UserError(f"workers can't start: {_last_line(worker.log)} (see {worker.log})")
         if not self._interrupted:
             self._start(number)
         if worker.key is None:
             return []
-        reason = (
-            f"no sign of life for {self.patience_s:g} s" if worker.stuck else _exit_reason(worker.process.returncode)
-        )
-        return [Lost(worker.key, number, reason)]
+        return [self._lost(worker, number)]
+
+    def _lost(self, worker: _Worker, number: int) -> Lost:
+        code = worker.process.returncode
+        if worker.stuck:
+            return Lost(worker.key, number, f"no sign of life for {self.patience_s:g} s")
+        if code != -signal.SIGKILL:
+            return Lost(worker.key, number, _exit_reason(code))
+        before, now = worker.n_memory_kills, memory_kills()
+        if before is None or now is None:
+            return Lost(worker.key, number, f"{_exit_reason(code)} (often: {OUT_OF_MEMORY})")
+        if now > before:
+            return Lost(worker.key, number, f"{OUT_OF_MEMORY}: the system ended the worker")
+        return Lost(worker.key, number, _exit_reason(code), from_outside=True)
+
+
+def memory_kills() -> int | None:
+    """Processes that this machine has killed for want of memory since it started; None where it doesn't say."""
+    try:
+        lines = Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
 
 
 def _is_free(worker: _Worker) -> bool:
@@ -296,9 +331,7 @@ def _close_stdin(worker: _Worker) -> None:
 def _exit_reason(code: int) -> str:
     if code >= 0:
         return f"the worker exited with code {code}"
-    name = signal.Signals(-code).name
-    hint = " (often: out of memory)" if name == "SIGKILL" else ""
-    return f"the worker was ended by signal {name}{hint}"
+    return f"the worker was ended by signal {signal.Signals(-code).name}"
 
 
 def _last_line(log: Path) -> str:

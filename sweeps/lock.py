@@ -19,8 +19,11 @@ PATIENCE_S = 0.5
 
 
 @contextmanager
-def driver_lock(folder: Path) -> Iterator[None]:
-    """Hold the sweep's lock; :class:`UserError` names the process that holds it already."""
+def driver_lock(folder: Path) -> Iterator[bool]:
+    """Hold the sweep's lock; :class:`UserError` names the process that holds it already.
+
+    Gives whether the last driver was lost: one that ends in order takes its name out of the file.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -35,10 +38,12 @@ def driver_lock(folder: Path) -> Iterator[None]:
                     f"sweep {folder.name} is already being run by {_holder(folder)}; stop that one first, or wait"
                 )
             time.sleep(0.02)
+        was_lost = os.fstat(file.fileno()).st_size > 0
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         file.flush()
-        yield
+        yield was_lost
+        file.truncate(0)
 
 
 def driver_runs(folder: Path) -> bool:

@@ -32,6 +32,7 @@ from experiments.progress import Interrupted, Progress, Pruned
 from experiments.records import (
     RunIdentity,
     RunOutcome,
+    is_full,
     read_json,
     read_outcome,
     run_folder,
@@ -139,7 +140,13 @@ def main(arguments: list[str] | None = None) -> None:
     pipe = EventPipe(options.events)
     pipe.send("ready")
     for line in jobs:
-        outcome = run_job(json.loads(line), target, pipe, interrupt)
+        try:
+            outcome = run_job(json.loads(line), target, pipe, interrupt)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            pipe.send("ended", leaving=True, halt=str(error)[:1000])
+            os._exit(1)
         # After an error this process may be unusable (a CUDA context after an assertion, memory that nobody frees).
         leaving = interrupt.asked or outcome is None or outcome.outcome == "failed"
         pipe.send("ended", leaving=leaving)
@@ -150,7 +157,10 @@ def main(arguments: list[str] | None = None) -> None:
 def run_job(
     job: dict[str, Any], target: Callable[..., RunOutcome], pipe: EventPipe, interrupt: Interrupt
 ) -> RunOutcome | None:
-    """Train one job with stdout and stderr in its log. Whatever happens, its folder holds an outcome afterwards."""
+    """Train one job with stdout and stderr in its log. Its folder holds an outcome afterwards.
+
+    Whatever happens, but for a full disk, which raises its ``OSError``.
+    """
     runs = Path(job["runs"])
     identity = RunIdentity(**job["identity"])
     folder = run_folder(runs, identity.sweep, identity.key)
@@ -174,7 +184,9 @@ def run_job(
                 target(config, identity, runs, tracking=tracking, on_progress=on_progress)
         except Interrupted:
             _leave(folder, identity, job, RunOutcome("killed", "interrupted before it could save its state"))
-        except Exception as error:  # noqa: BLE001 - the boundary: one job's error must not end the worker unrecorded
+        except Exception as error:
+            if isinstance(error, OSError) and is_full(error):
+                raise
             traceback.print_exc()
             _leave(folder, identity, job, RunOutcome("failed", f"{type(error).__name__}: {error}"))
     return read_outcome(folder)

@@ -7,10 +7,10 @@ depend on the values, so the call runs in three parts:
     B. stable sorts of all (chunk, slot) accesses, for several chunks at once         (no launch depends on its result)
     C. for every chunk: read and take the errors, step the rows that were read        (2 launches)
 
-In a CUDA graph A runs ahead on a stream of its own; B and C follow some chunks behind. The backward goes in the opposite order, from
-the rows that each chunk overwrote and the keys that it used: C' 2 launches a chunk ahead of A', 4. Nothing in the loops
-waits for the device, or has a size that depends on data, so a call can be captured in a CUDA graph. With
-``address_weight`` 0 the keys stand still and part A is two launches a chunk.
+In a CUDA graph A runs ahead on a stream of its own; B and C follow some chunks behind. The backward goes in the
+opposite order, from the rows that each chunk overwrote and the keys that it used: C' 2 launches a chunk ahead of A', 4.
+Nothing in the loops waits for the device, or has a size that depends on data, so a call can be captured in a CUDA
+graph. With ``address_weight`` 0 the keys stand still and part A is two launches a chunk.
 
 Cost at B sequences, J = H*k slots a token, float32, beside inputs and outputs: forward about 4 (4 J V + 4 V + 3 H K)
 bytes per token, backward the same again; kept for the backward: J V + 2 H K elements per token and the keys of each

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -132,6 +133,41 @@ def test_a_crash_between_checkpoints_repeats_the_lost_steps(tmp_path: Path) -> N
     assert again.metrics == whole.metrics
     steps = [row["step"] for row in read_metrics(folder) if "train/loss" in row]
     assert steps == list(range(1, 25))
+
+
+def test_torn_metrics_are_all_made_again(tmp_path: Path) -> None:
+    config = mqar_config(train={"checkpoint_every_s": 0.0, "log_every": 1})
+    who = identity(config)
+    run_experiment(config, who, tmp_path / "whole")
+    (whole,) = (tmp_path / "whole" / "test").iterdir()
+
+    def interrupt(progress: Progress) -> None:
+        if progress.step == 9:
+            raise Interrupted
+
+    run_experiment(config, who, tmp_path / "cut", on_progress=interrupt)
+    (cut,) = (tmp_path / "cut" / "test").iterdir()
+    metrics = cut / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes()[:-20])  # the row of step 9, which the checkpoint has behind it
+    run_experiment(config, who, tmp_path / "cut")
+    assert losses(cut) == losses(whole)
+    assert len(read_metrics(cut)) == len(read_metrics(whole))
+
+
+def test_a_full_disk_is_raised_and_no_result(tmp_path: Path) -> None:
+    config = mqar_config()
+    who = identity(config)
+    whole = run_experiment(config, who, tmp_path / "whole")
+
+    def full(progress: Progress) -> None:
+        if progress.step == 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        run_experiment(config, who, tmp_path / "cut", on_progress=full)
+    (folder,) = (tmp_path / "cut" / "test").iterdir()
+    assert not (folder / "outcome.json").exists()
+    assert run_experiment(config, who, tmp_path / "cut").metrics == whole.metrics
 
 
 def test_a_final_outcome_is_returned_not_repeated(tmp_path: Path) -> None:

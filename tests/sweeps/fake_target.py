@@ -5,12 +5,13 @@
     n_steps, step_s           length of a run
     (train.eval_every > 0)    the select metric is reported after every step
     stuck_s                   an uninterruptible wait in every run
-    outcome                   {"<seed or trial lr>": "diverged" | "raise" | "die" | "die_once" | "hang_once" |
-                              "memory" | "memory_beside_others"}
+    outcome                   {"<seed or trial lr>": "diverged" | "raise" | "die" | "die_once" | "killed_thrice" |
+                              "hang_once" | "memory" | "memory_beside_others" | "disk_full"}
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -54,7 +55,11 @@ def run_experiment(
     if fate == "raise":
         raise ValueError("this seed is bad")
     if fate == "die" or (fate == "die_once" and len((folder / "starts.log").read_text().split()) == 1):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if fate == "killed_thrice" and len((folder / "starts.log").read_text().split()) <= 3:
         os.kill(os.getpid(), signal.SIGKILL)
+    if fate == "disk_full":
+        raise OSError(errno.ENOSPC, "No space left on device")
     first = len((folder / "starts.log").read_text().split()) == 1
     if fate == "hang_once" and first:
         time.sleep(600)

@@ -10,6 +10,7 @@ import torch
 
 from experiments.errors import UserError
 from experiments.records import n_attempts, read_outcome, read_sweep_runs
+from sweeps.executor import memory_kills
 from sweeps.lock import driver_lock, driver_runs
 from sweeps.plan import plan
 from sweeps.saved import read_saved
@@ -95,13 +96,56 @@ def test_a_killed_worker_is_replaced_and_its_run_tried_once_more(tmp_path, behav
     assert result.outcomes == {"finished": 2, "failed": 2}
     retried = [event for event in events if event["event"] == "run_retried"]
     assert len(retried) == 4
-    assert "SIGKILL" in retried[0]["reason"]
+    assert "SIGSEGV" in retried[0]["reason"]
     for record in read_sweep_runs(tmp_path / "runs", "tiny"):
         starts = (record.folder / "starts.log").read_text().split()
         assert len(starts) == 2
         if record.identity.seed == 1:
-            assert record.outcome.reason.startswith("the worker was ended by signal SIGKILL")
+            assert record.outcome.reason.startswith("the worker was ended by signal SIGSEGV")
             assert "in each of 2 attempts" in record.outcome.reason
+
+
+@pytest.mark.skipif(memory_kills() is None, reason="this system doesn't say how many processes it has ended")
+def test_a_run_whose_worker_somebody_kills_is_not_to_blame(tmp_path, behave):
+    behave(outcome={"0": "killed_thrice"})
+    result, events = drive(tiny(tmp_path), tmp_path / "runs")
+    assert result.outcomes == {"finished": 4}
+    retried = [event["reason"] for event in events if event["event"] == "run_retried"]
+    assert retried == ["the worker was ended by signal SIGKILL"] * 6
+
+
+def test_a_full_disk_is_one_clear_line_and_no_result(tmp_path, behave):
+    behave(outcome={"0": "disk_full"})
+    with pytest.raises(UserError, match=r"sweep tiny: .*No space left on device; free some space and start it again"):
+        drive(tiny(tmp_path), tmp_path / "runs")
+    assert not any(
+        record.outcome is not None and record.outcome.outcome == "failed"
+        for record in read_sweep_runs(tmp_path / "runs", "tiny")
+    )
+    behave()
+    assert drive(tiny(tmp_path), tmp_path / "runs")[0].outcomes == {"finished": 4}
+
+
+def test_a_driver_tidies_up_after_a_lost_one(tmp_path, behave):
+    sweep = tiny(tmp_path)
+    drive(sweep, tmp_path / "runs")
+    folder = tmp_path / "runs" / "tiny"
+    run = next(path for path in folder.iterdir() if path.is_dir())
+    left = [folder / ".sweep.json.1.tmp", run / ".outcome.json.1.tmp", run / "checkpoint.pt"]
+    for path in left:
+        path.write_text("half of it")
+    drive(sweep, tmp_path / "runs")
+    assert not any(path.exists() for path in left)
+
+
+def test_a_lock_says_whether_its_last_holder_was_lost(tmp_path):
+    for expected in (False, False):
+        with driver_lock(tmp_path) as was_lost:
+            assert was_lost is expected
+    with pytest.raises(ValueError, match="lost"), driver_lock(tmp_path):
+        raise ValueError("lost")
+    with driver_lock(tmp_path) as was_lost:
+        assert was_lost is True
 
 
 def test_a_silent_worker_is_ended_and_its_run_tried_once_more(tmp_path, behave):
