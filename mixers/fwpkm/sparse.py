@@ -2,8 +2,9 @@
 
 The mathematics is that of :mod:`mixers.fwpkm.reference`; what differs is the cost. A call copies the rows that it
 touches out of the table, works on the copies chunk by chunk, and hands back codes and rows (see
-:mod:`mixers.fwpkm.touched_rows`). Nothing is undone from a live table: the backward has the rows of every chunk as they
-were before it (4 V bytes a row and chunk), its keys, and what its queries selected. It goes from the last chunk to the
+:mod:`mixers.fwpkm.touched_rows`). Nothing is undone from a live table: the backward has, of every
+chunk, the rows that were touched before it as they were then (4 V bytes a row; the others it finds in the table again),
+the keys, and what the queries selected. It goes from the last chunk to the
 first and forms derivatives only of rows that another chunk reads or the caller asks for: a row that one chunk alone
 touches, of a table that isn't learned, has none.
 
@@ -40,7 +41,7 @@ from mixers.fwpkm.sparse_values import (
     value_loss_on_pairs,
     value_loss_on_pairs_backward,
 )
-from mixers.fwpkm.touched_rows import TouchedRows, UntouchedRows, base_rows
+from mixers.fwpkm.touched_rows import TouchedRows, UntouchedRows, base_rows, restore
 
 
 class SparseOutput(NamedTuple):
@@ -95,11 +96,11 @@ def write_chunks_sparsely(
 
 
 class _Chunk(NamedTuple):
-    """What the backward needs of one chunk: its keys, the rows before it (U,V), its accesses to places in the call's
-    table and to sub-keys, and its addresses."""
+    """What the backward needs of one chunk: its keys; of the rows before it those touched earlier (U',V); its accesses
+    to places in the call's table and to sub-keys; and its addresses."""
 
     keys: Tensor
-    before: Tensor
+    old: Tensor
     accesses: Accesses
     use: KeyAccesses
     at: Addresses
@@ -144,14 +145,15 @@ class _SparseChunks(torch.autograd.Function):
             at, differences = address(queries, keys, options, call.room)
             accesses = group_accesses(table.find((at.slots + memory_offsets).flatten(0, 1)))
             a = at.weights.flatten(0, 1)
-            before = table.take(accesses.rows)
+            before = table.take(accesses.rows, call.room_for_rows)
             on_tokens = gather_sum(before, accesses.index, a)
             call.per_memory(read)[:, :, part] = call.rows_of(on_tokens, part)
             slots.append(call.rows_of(at.slots.flatten(0, 1), part))
             weights.append(call.rows_of(a, part))
             use = group_keys(at, keys) if keep or is_written else None
             if keep:
-                chunks.append(_Chunk(keys, before, accesses, use, at))
+                n_old = accesses.rows.numel() - table.codes[-1].numel()
+                chunks.append(_Chunk(keys, before[:n_old].clone(), accesses, use, at))
             if not is_written:
                 continue
             error, chunk_error = call.error(on_tokens, part)
@@ -181,10 +183,10 @@ class _SparseChunks(torch.autograd.Function):
         ctx.mark_non_differentiable(codes_out, slots_out, value_loss, address_loss)
         if keep:
             ctx.call_options = (keys_out.shape, n_written, options)
-            ctx.sizes = (base.shape, rows.shape, [new.numel() for new in table.codes[1:]])
+            ctx.sizes = (rows.shape, [new.numel() for new in table.codes[1:]])
             ctx.save_for_backward(
-                q, v, gate, mask, read, torch.cat(table.codes),
-                *(t for c in chunks for t in (c.keys, c.before, *c.accesses, *c.use, *c.at)),
+                q, v, gate, mask, read, base, torch.cat(table.codes),
+                *(t for c in chunks for t in (c.keys, c.old, *c.accesses, *c.use, *c.at)),
             )  # fmt: skip
         return read, keys_out, codes_out, rows_out, slots_out, weights_out, value_loss, address_loss
 
@@ -200,9 +202,9 @@ class _SparseChunks(torch.autograd.Function):
         d_weights: Tensor | None,
         *_losses: None,
     ) -> tuple[Tensor | None, ...]:
-        q, v, gate, mask, read, all_codes, *saved = ctx.saved_tensors
+        q, v, gate, mask, read, base, all_codes, *saved = ctx.saved_tensors
         key_shape, n_written, options = ctx.call_options
-        base_shape, rows_shape, n_new_rows = ctx.sizes
+        rows_shape, n_new_rows = ctx.sizes
         chunks = [_unpack(saved[i : i + N_SAVED]) for i in range(0, len(saved), N_SAVED)]
         call = _Call(q, v, gate, mask, key_shape[0], n_written, options)
 
@@ -213,10 +215,12 @@ class _SparseChunks(torch.autograd.Function):
             d_table.start(d_rows)
         elif need[5]:
             d_table.start(v.new_zeros(rows_shape))
-        d_q, d_v = torch.zeros_like(q), torch.zeros_like(v)
+        d_q, d_v = torch.empty_like(q), torch.zeros_like(v)
         d_gate = None if gate is None else torch.zeros_like(gate)
-        backwards = (reversed(x) for x in (call.parts, chunks, n_new_rows))
-        for (part, is_written), chunk, n_new in zip(*backwards, strict=True):
+        new_codes = all_codes[rows_shape[0] :].split(n_new_rows)
+        backwards = (reversed(x) for x in (call.parts, chunks, new_codes))
+        for (part, is_written), chunk, new in zip(*backwards, strict=True):
+            before = restore(chunk.old, new, base.flatten(0, 1), call.room_for_rows)
             queries, at, accesses = call.queries(part), chunk.at, chunk.accesses
             a = at.weights.flatten(0, 1)
             d_a = torch.zeros_like(a) if d_weights is None else call.tokens(d_weights, part).clone()
@@ -236,13 +240,13 @@ class _SparseChunks(torch.autograd.Function):
                     on_half = None
                     if options.value_loss_to_keys:
                         error_mean = error * call.loss_scale(part)
-                        on_pairs = value_loss_on_pairs(chunk.before, error_mean, a, accesses, options.temperature)
+                        on_pairs = value_loss_on_pairs(before, error_mean, a, accesses, options.temperature)
                         on_half = pairs_to_halves(on_pairs.view(at.weights.shape), at.pairs)
                     step = key_step_backward(queries, chunk.keys, at, chunk.use, differences, on_half, d_keys, options)
                     if options.value_loss_to_keys:
                         d_pairs = halves_to_pairs(step.on_half, at.pairs).flatten(0, 1)
                         on_before, d_error_mean, d_a_loss = value_loss_on_pairs_backward(
-                            d_pairs, chunk.before, error_mean, a, accesses, options.temperature
+                            d_pairs, before, error_mean, a, accesses, options.temperature
                         )
                         d_error = d_error + d_error_mean * call.loss_scale(part)
                         d_a += d_a_loss
@@ -251,9 +255,9 @@ class _SparseChunks(torch.autograd.Function):
                 call.add_targets(d_v, -d_difference, part)
                 if d_gate is not None:
                     call.per_memory(d_gate)[:, :, part] += call.rows_of(d_pair_gate, part)
-            d_a += gather_dot(chunk.before, accesses.index, d_on_tokens)
+            d_a += gather_dot(before, accesses.index, d_on_tokens)
             # The rows that nobody touched before are the last ones.
-            first = first_rows(accesses, accesses.rows.numel() - (0 if all_rows else n_new))
+            first = first_rows(accesses, accesses.rows.numel() - (0 if all_rows else new.numel()))
             d_before = segment_sum(d_on_tokens, a, first.order, first.starts)
             if on_before is not None:
                 d_before += on_before[: first.rows.numel()]
@@ -269,7 +273,7 @@ class _SparseChunks(torch.autograd.Function):
 
         d_base = None
         if need[4]:
-            d_base = v.new_zeros(base_shape)
+            d_base = torch.zeros_like(base)
             new = all_codes[rows_shape[0] :]
             into = group_accesses(base_rows(new, d_base.flatten(0, 1)).unsqueeze(1))
             ones = v.new_ones(new.numel(), 1)
@@ -347,9 +351,11 @@ class _Call:
             self.parts.append((slice(n_written, n_tokens), False))
         # Without a reason to move, the keys stay the very same tensor.
         self.keys_move = bool(options.address_weight) or options.value_loss_to_keys
-        # Where each chunk's differences are formed: the same memory for all, which stays in the cache.
+        # Where each chunk's differences and rows are formed: the same memory for all, which need not be mapped again.
         n_most = max((part.stop - part.start for part, _ in self.parts), default=0)
-        self.room = q.new_empty(q.shape[0] * n_most * self.n_read * q.shape[-1])
+        n_accesses = q.shape[0] * n_most * self.n_read
+        self.room = q.new_empty(n_accesses * q.shape[-1])
+        self.room_for_rows = v.new_empty(n_accesses, v.shape[-1])
 
     def per_memory(self, x: Tensor) -> Tensor:
         """(B,T,...) -> (M,R,T,...), a view."""

@@ -42,10 +42,10 @@ class TouchedRows:
             places = self.place[codes]
         return places.long()
 
-    def take(self, places: Tensor) -> Tensor:
-        """The chunk's rows (U,V) as they are now, copied, for its distinct ``places`` (U,) ascending."""
+    def take(self, places: Tensor, room: Tensor) -> Tensor:
+        """The chunk's rows (U,V) as they are now, copied into ``room``, for its distinct ``places`` (U,) ascending."""
         n_old = self._n_old(places)
-        found = self.table.new_empty(places.numel(), self.table.shape[1])
+        found = room[: places.numel()]
         torch.index_select(self.table, 0, places[:n_old], out=found[:n_old])
         torch.index_select(self.base, 0, base_rows(self.codes[-1], self.base), out=found[n_old:])
         return found
@@ -87,15 +87,24 @@ class UntouchedRows:
         self.codes.append(new)
         return places
 
-    def take(self, places: Tensor) -> Tensor:
-        """The rows (U,V), copied, for the distinct ``places`` (U,) ascending."""
+    def take(self, places: Tensor, room: Tensor) -> Tensor:
+        """The rows (U,V), copied into ``room``, for the distinct ``places`` (U,) ascending."""
         new = self.codes[-1]
         n_old = places.numel() - new.numel()
-        return torch.cat([self.rows[places[:n_old]], self.base[base_rows(new, self.base)]])
+        return restore(self.rows[places[:n_old]], new, self.base, room)
 
     def met(self) -> tuple[Tensor, Tensor]:
         """Nothing is touched by reading: the given codes and rows."""
         return self.given_codes, self.rows
+
+
+def restore(old: Tensor, new: Tensor, base: Tensor, room: Tensor) -> Tensor:
+    """``old`` (U',V) and the rows of the flattened ``base`` from which the codes ``new`` start: (U,V), in ``room``."""
+    n_old = old.shape[0]
+    found = room[: n_old + new.numel()]
+    found[:n_old] = old
+    torch.index_select(base, 0, base_rows(new, base), out=found[n_old:])
+    return found
 
 
 def base_rows(codes: Tensor, base: Tensor) -> Tensor:
