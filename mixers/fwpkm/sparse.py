@@ -156,8 +156,9 @@ class _SparseChunks(torch.autograd.Function):
                 chunks.append(_Chunk(keys, before[:n_old].clone(), accesses, use, at))
             if not is_written:
                 continue
-            error, chunk_error = call.error(on_tokens, part)
-            squared_error = squared_error + chunk_error
+            difference, weight = call.difference(on_tokens, part)
+            error = call.error(difference, weight, part)
+            squared_error = squared_error + (weight * torch.linalg.vecdot(difference, difference)).sum()
             on_half = None
             if options.value_loss_to_keys:
                 on_pairs = value_loss_on_pairs(before, error * call.loss_scale(part), a, accesses, options.temperature)
@@ -172,7 +173,7 @@ class _SparseChunks(torch.autograd.Function):
 
         slots_out, weights_out = call.join(slots, torch.int64), call.join(weights, q.dtype)
         n_pairs = call.n_pairs()
-        value_loss = 0.5 * squared_error / max(n_pairs, 1)
+        value_loss = 0.5 * squared_error / max(n_pairs * v.shape[-1], 1)
         address_loss = neg_entropy / max(call.n_written_chunks, 1)
         codes_out, rows_out = written
         # An output that is an input would be taken for a view of it.
@@ -230,7 +231,8 @@ class _SparseChunks(torch.autograd.Function):
             step, on_before = None, None
             if is_written:
                 on_tokens = call.tokens(read, part)
-                error, _ = call.error(on_tokens, part)
+                difference, weight = call.difference(on_tokens, part)
+                error = call.error(difference, weight, part)
                 scale = call.row_scale(accesses, part)
                 d_error, d_a_write = row_changes_backward(
                     d_after, later, error, a, scale, accesses, options.lr, options.clip
@@ -250,11 +252,7 @@ class _SparseChunks(torch.autograd.Function):
                         )
                         d_error = d_error + d_error_mean * call.loss_scale(part)
                         d_a += d_a_loss
-                d_difference, d_pair_gate = call.error_backward(d_error, on_tokens, part)
-                d_on_tokens = d_on_tokens + d_difference
-                call.add_targets(d_v, -d_difference, part)
-                if d_gate is not None:
-                    call.per_memory(d_gate)[:, :, part] += call.rows_of(d_pair_gate, part)
+                d_on_tokens = call.error_backward(d_error, difference, weight, part, d_on_tokens, d_v, d_gate)
             d_a += gather_dot(before, accesses.index, d_on_tokens)
             # The rows that nobody touched before are the last ones.
             first = first_rows(accesses, accesses.rows.numel() - (0 if all_rows else new.numel()))
@@ -391,7 +389,7 @@ class _Call:
         """1 / (pairs of a memory * V): from summed to mean errors."""
         return 1.0 / max(self.n_rows * self._n_writing(part) * self.v.shape[-1], 1)
 
-    def _difference(self, on_tokens: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    def difference(self, on_tokens: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         """read_t - v_{t+L} of the tokens that write (B,C-L,V), and their weight g m (B,C-L)."""
         n_writing, lookahead = self._n_writing(part), self.options.lookahead
         read = on_tokens.view(self.q.shape[0], -1, on_tokens.shape[-1])[:, :n_writing]
@@ -405,30 +403,40 @@ class _Call:
             weight = weight * self.mask[:, writing]
         return difference, weight
 
-    def error(self, on_tokens: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        """e (M*S,V), zero at tokens that write nothing, and sum of g m mean_V (read - v)^2."""
-        difference, weight = self._difference(on_tokens, part)
-        error = torch.zeros_like(on_tokens).view(self.q.shape[0], -1, on_tokens.shape[-1])
-        torch.mul(difference, weight.unsqueeze(-1), out=error[:, : difference.shape[1]])
-        return error.flatten(0, 1), (weight * difference.square().mean(-1)).sum()
-
-    def error_backward(self, d_error: Tensor, on_tokens: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        """Derivatives of read_t - v_{t+L} (M*S,V) and of the gate (M*S,), zero at tokens that write nothing."""
-        difference, weight = self._difference(on_tokens, part)
+    def error(self, difference: Tensor, weight: Tensor, part: slice) -> Tensor:
+        """e (M*S,V), zero at tokens that write nothing."""
         n_writing = difference.shape[1]
-        d_error = d_error.view(self.q.shape[0], -1, d_error.shape[-1])
-        d_difference, d_gate = torch.zeros_like(d_error), d_error.new_zeros(d_error.shape[:2])
-        d_difference[:, :n_writing] = d_error[:, :n_writing] * weight.unsqueeze(-1)
-        d_gate[:, :n_writing] = (d_error[:, :n_writing] * difference).sum(-1)
-        if self.mask is not None:
-            d_gate *= self.mask[:, part]
-        return d_difference.flatten(0, 1), d_gate.flatten()
+        error = self.v.new_empty(self.q.shape[0], part.stop - part.start, self.v.shape[-1])
+        torch.mul(difference, weight.unsqueeze(-1), out=error[:, :n_writing])
+        error[:, n_writing:] = 0
+        return error.flatten(0, 1)
 
-    def add_targets(self, d_v: Tensor, d_target: Tensor, part: slice) -> None:
-        """Add derivatives of v_{t+L} (M*S,V), given at t."""
-        n_writing = self._n_writing(part)
-        d_target = d_target.view(self.q.shape[0], -1, d_target.shape[-1])
-        d_v[:, part.stop - n_writing : part.stop] += d_target[:, :n_writing]
+    def error_backward(
+        self,
+        d_error: Tensor,
+        difference: Tensor,
+        weight: Tensor,
+        part: slice,
+        d_on_tokens: Tensor,
+        d_v: Tensor,
+        d_gate: Tensor | None,
+    ) -> Tensor:
+        """Hand on the derivative of e (M*S,V): add it to d_v (B,T,V) and d_gate (B,T), and to d_on_tokens (M*S,V) in a
+        copy, which is returned."""
+        n_writing = difference.shape[1]
+        by_sequence = (self.q.shape[0], -1, d_error.shape[-1])
+        d_error = d_error.view(by_sequence)[:, :n_writing]
+        if d_gate is not None:
+            on_gate = torch.linalg.vecdot(d_error, difference)
+            writing = slice(part.start, part.start + n_writing)
+            if self.mask is not None:
+                on_gate = on_gate * self.mask[:, writing]
+            d_gate[:, writing] = on_gate
+        d_difference = d_error * weight.unsqueeze(-1)
+        d_v[:, part.stop - n_writing : part.stop] -= d_difference
+        d_on_tokens = d_on_tokens.clone().view(by_sequence)
+        d_on_tokens[:, :n_writing] += d_difference
+        return d_on_tokens.flatten(0, 1)
 
     def row_scale(self, accesses: Accesses, part: slice) -> Tensor:
         """scale / cnt_u of the touched rows (U,)."""
