@@ -2,8 +2,11 @@
 
 The mathematics is that of :mod:`mixers.fwpkm.reference`; what differs is the cost. A call copies the rows that it
 touches out of the table, works on the copies chunk by chunk, and hands back codes and rows (see
-:mod:`mixers.fwpkm.touched_rows`). Nothing is undone from a live table: the backward has the rows of every chunk as they
-were before it (4 V bytes a row and chunk), its keys, and what its queries selected.
+:mod:`mixers.fwpkm.touched_rows`). Nothing is undone from a live table: the backward has, of every
+chunk, the rows that were touched before it as they were then (4 V bytes a row; the others it finds in the table again),
+the keys, and what the queries selected. It goes from the last chunk to the
+first and forms derivatives only of rows that another chunk reads or the caller asks for: a row that one chunk alone
+touches, of a table that isn't learned, has none.
 
 Letters: B sequences, T tokens, M memories (B or 1), R = B/M, C chunk, S = R*C, H heads, k slots per head, J = H*k,
 n sub-keys per half, N = n*n slots, K key width, V value width, U rows.
@@ -21,22 +24,24 @@ from mixers.errors import UserError
 from mixers.fwpkm.reference import ChunkOptions
 from mixers.fwpkm.sparse_keys import (
     Addresses,
+    KeyAccesses,
     address,
     address_backward,
+    group_keys,
     half_differences,
     halves_to_pairs,
     key_step,
     key_step_backward,
     pairs_to_halves,
 )
-from mixers.fwpkm.sparse_rows import Accesses, gather_dot, gather_sum, group_accesses, segment_sum
+from mixers.fwpkm.sparse_rows import Accesses, first_rows, gather_dot, gather_sum, group_accesses, segment_sum
 from mixers.fwpkm.sparse_values import (
     row_changes,
     row_changes_backward,
     value_loss_on_pairs,
     value_loss_on_pairs_backward,
 )
-from mixers.fwpkm.touched_rows import TouchedRows, UntouchedRows, base_rows
+from mixers.fwpkm.touched_rows import TouchedRows, UntouchedRows, base_rows, restore
 
 
 class SparseOutput(NamedTuple):
@@ -91,18 +96,18 @@ def write_chunks_sparsely(
 
 
 class _Chunk(NamedTuple):
-    """What the backward needs of one chunk: its tokens, its keys and addresses, the accesses, where the touched rows
-    stand in the call's table, and the rows before the chunk (U,V)."""
+    """What the backward needs of one chunk: its keys; of the rows before it those touched earlier (U',V); its accesses
+    to places in the call's table and to sub-keys; and its addresses."""
 
     keys: Tensor
-    places: Tensor
-    before: Tensor
+    old: Tensor
     accesses: Accesses
+    use: KeyAccesses
     at: Addresses
 
 
 # Tensors of a _Chunk, one after another: what goes through save_for_backward.
-N_SAVED = 3 + len(Accesses._fields) + len(Addresses._fields)
+N_SAVED = 2 + len(Accesses._fields) + len(KeyAccesses._fields) + len(Addresses._fields)
 
 
 class _SparseChunks(torch.autograd.Function):
@@ -137,31 +142,30 @@ class _SparseChunks(torch.autograd.Function):
         written, new_keys = (codes, rows), keys
         for part, is_written in call.parts:
             queries = call.queries(part)
-            at, differences = address(queries, keys, options)
-            accesses = group_accesses((at.slots + memory_offsets).flatten(0, 1))
-            places = table.find(accesses.rows)
+            at, differences = address(queries, keys, options, call.room)
+            accesses = group_accesses(table.find((at.slots + memory_offsets).flatten(0, 1)))
             a = at.weights.flatten(0, 1)
-            if isinstance(table, UntouchedRows) or keep or options.value_loss_to_keys:
-                before = table.take(places)
-                on_tokens = gather_sum(before, accesses.index, a)
-            else:
-                on_tokens = gather_sum(table.table, places[accesses.index], a)
+            before = table.take(accesses.rows, call.room_for_rows)
+            on_tokens = gather_sum(before, accesses.index, a)
             call.per_memory(read)[:, :, part] = call.rows_of(on_tokens, part)
             slots.append(call.rows_of(at.slots.flatten(0, 1), part))
             weights.append(call.rows_of(a, part))
+            use = group_keys(at, keys) if keep or is_written else None
             if keep:
-                chunks.append(_Chunk(keys, places, before, accesses, at))
+                n_old = accesses.rows.numel() - table.codes[-1].numel()
+                chunks.append(_Chunk(keys, before[:n_old].clone(), accesses, use, at))
             if not is_written:
                 continue
-            error, chunk_error = call.error(on_tokens, part)
-            squared_error = squared_error + chunk_error
+            difference, weight = call.difference(on_tokens, part)
+            error = call.error(difference, weight, part)
+            squared_error = squared_error + (weight * torch.linalg.vecdot(difference, difference)).sum()
             on_half = None
             if options.value_loss_to_keys:
                 on_pairs = value_loss_on_pairs(before, error * call.loss_scale(part), a, accesses, options.temperature)
                 on_half = pairs_to_halves(on_pairs.view(at.weights.shape), at.pairs)
-            scale = call.row_scale(accesses, part, n_slots)
-            table.add(places, row_changes(error, a, scale, accesses, options.lr, options.clip))
-            new_keys, chunk_entropy = key_step(queries, keys, at, differences, on_half, options)
+            scale = call.row_scale(accesses, part)
+            table.put(accesses.rows, before, row_changes(error, a, scale, accesses, options.lr, options.clip))
+            new_keys, chunk_entropy = key_step(queries, keys, at, use, differences, on_half, options)
             neg_entropy = neg_entropy + chunk_entropy
             if call.keys_move:
                 keys = new_keys
@@ -169,7 +173,7 @@ class _SparseChunks(torch.autograd.Function):
 
         slots_out, weights_out = call.join(slots, torch.int64), call.join(weights, q.dtype)
         n_pairs = call.n_pairs()
-        value_loss = 0.5 * squared_error / max(n_pairs, 1)
+        value_loss = 0.5 * squared_error / max(n_pairs * v.shape[-1], 1)
         address_loss = neg_entropy / max(call.n_written_chunks, 1)
         codes_out, rows_out = written
         # An output that is an input would be taken for a view of it.
@@ -180,10 +184,10 @@ class _SparseChunks(torch.autograd.Function):
         ctx.mark_non_differentiable(codes_out, slots_out, value_loss, address_loss)
         if keep:
             ctx.call_options = (keys_out.shape, n_written, options)
-            ctx.sizes = (base.shape, rows.shape, rows_out.shape[0])
+            ctx.sizes = (rows.shape, [new.numel() for new in table.codes[1:]])
             ctx.save_for_backward(
-                q, v, gate, mask, read, torch.cat(table.codes),
-                *(t for c in chunks for t in (c.keys, c.places, c.before, *c.accesses, *c.at)),
+                q, v, gate, mask, read, base, torch.cat(table.codes),
+                *(t for c in chunks for t in (c.keys, c.old, *c.accesses, *c.use, *c.at)),
             )  # fmt: skip
         return read, keys_out, codes_out, rows_out, slots_out, weights_out, value_loss, address_loss
 
@@ -199,57 +203,65 @@ class _SparseChunks(torch.autograd.Function):
         d_weights: Tensor | None,
         *_losses: None,
     ) -> tuple[Tensor | None, ...]:
-        q, v, gate, mask, read, all_codes, *saved = ctx.saved_tensors
+        q, v, gate, mask, read, base, all_codes, *saved = ctx.saved_tensors
         key_shape, n_written, options = ctx.call_options
-        base_shape, rows_shape, n_out = ctx.sizes
+        rows_shape, n_new_rows = ctx.sizes
         chunks = [_unpack(saved[i : i + N_SAVED]) for i in range(0, len(saved), N_SAVED)]
         call = _Call(q, v, gate, mask, key_shape[0], n_written, options)
 
-        d_table = v.new_zeros(all_codes.numel(), v.shape[-1])
+        need = ctx.needs_input_grad
+        all_rows = need[4] or need[5]
+        d_table = _RowDerivatives(v, all_codes.numel())
         if d_rows is not None:
-            d_table[:n_out] = d_rows
-        d_q, d_v = torch.zeros_like(q), torch.zeros_like(v)
+            d_table.start(d_rows)
+        elif need[5]:
+            d_table.start(v.new_zeros(rows_shape))
+        d_q, d_v = torch.empty_like(q), torch.zeros_like(v)
         d_gate = None if gate is None else torch.zeros_like(gate)
-        for (part, is_written), chunk in zip(reversed(call.parts), reversed(chunks), strict=True):
+        new_codes = all_codes[rows_shape[0] :].split(n_new_rows)
+        backwards = (reversed(x) for x in (call.parts, chunks, new_codes))
+        for (part, is_written), chunk, new in zip(*backwards, strict=True):
+            before = restore(chunk.old, new, base.flatten(0, 1), call.room_for_rows)
             queries, at, accesses = call.queries(part), chunk.at, chunk.accesses
             a = at.weights.flatten(0, 1)
             d_a = torch.zeros_like(a) if d_weights is None else call.tokens(d_weights, part).clone()
             d_on_tokens = v.new_zeros(a.shape[0], v.shape[-1]) if d_read is None else call.tokens(d_read, part)
-            differences = half_differences(queries, chunk.keys, at.half_indices, options.score)
+            differences = half_differences(queries, chunk.keys, at.half_indices, options.score, call.room)
+            later, d_after = d_table.take(accesses.rows)
             step, on_before = None, None
             if is_written:
                 on_tokens = call.tokens(read, part)
-                error, _ = call.error(on_tokens, part)
-                scale = call.row_scale(accesses, part, base_shape[1])
+                difference, weight = call.difference(on_tokens, part)
+                error = call.error(difference, weight, part)
+                scale = call.row_scale(accesses, part)
                 d_error, d_a_write = row_changes_backward(
-                    d_table, chunk.places, error, a, scale, accesses, options.lr, options.clip
+                    d_after, later, error, a, scale, accesses, options.lr, options.clip
                 )
                 d_a += d_a_write
                 if d_keys is not None and call.keys_move:
                     on_half = None
                     if options.value_loss_to_keys:
                         error_mean = error * call.loss_scale(part)
-                        on_pairs = value_loss_on_pairs(chunk.before, error_mean, a, accesses, options.temperature)
+                        on_pairs = value_loss_on_pairs(before, error_mean, a, accesses, options.temperature)
                         on_half = pairs_to_halves(on_pairs.view(at.weights.shape), at.pairs)
-                    step = key_step_backward(queries, chunk.keys, at, differences, on_half, d_keys, options)
+                    step = key_step_backward(queries, chunk.keys, at, chunk.use, differences, on_half, d_keys, options)
                     if options.value_loss_to_keys:
                         d_pairs = halves_to_pairs(step.on_half, at.pairs).flatten(0, 1)
                         on_before, d_error_mean, d_a_loss = value_loss_on_pairs_backward(
-                            d_pairs, chunk.before, error_mean, a, accesses, options.temperature
+                            d_pairs, before, error_mean, a, accesses, options.temperature
                         )
                         d_error = d_error + d_error_mean * call.loss_scale(part)
                         d_a += d_a_loss
-                d_difference, d_pair_gate = call.error_backward(d_error, on_tokens, part)
-                d_on_tokens = d_on_tokens + d_difference
-                call.add_targets(d_v, -d_difference, part)
-                if d_gate is not None:
-                    call.per_memory(d_gate)[:, :, part] += call.rows_of(d_pair_gate, part)
-            d_a += gather_dot(chunk.before, accesses.index, d_on_tokens)
-            # What comes through the rows after the chunk stays: they are the rows before it and a change.
-            through_read = segment_sum(d_on_tokens, a, accesses.order, accesses.starts)
-            d_table.index_add_(0, chunk.places, through_read if on_before is None else through_read.add_(on_before))
+                d_on_tokens = call.error_backward(d_error, difference, weight, part, d_on_tokens, d_v, d_gate)
+            d_a += gather_dot(before, accesses.index, d_on_tokens)
+            # The rows that nobody touched before are the last ones.
+            first = first_rows(accesses, accesses.rows.numel() - (0 if all_rows else new.numel()))
+            d_before = segment_sum(d_on_tokens, a, first.order, first.starts)
+            if on_before is not None:
+                d_before += on_before[: first.rows.numel()]
+            d_table.put(first.rows, later, d_after, d_before)
             d_queries, d_chunk_keys = address_backward(
-                queries, chunk.keys, at, differences, step, d_a.view(at.weights.shape), options
+                queries, chunk.keys, at, chunk.use, differences, step, d_a.view(at.weights.shape), options
             )
             call.per_memory(d_q)[:, :, part] = call.rows_of(d_queries.flatten(0, 1), part)
             # The step hands on what came through the new keys; without it, they were the old ones.
@@ -257,24 +269,56 @@ class _SparseChunks(torch.autograd.Function):
                 d_chunk_keys = d_chunk_keys + d_keys
             d_keys = d_chunk_keys
 
-        need = ctx.needs_input_grad
         d_base = None
         if need[4]:
-            d_base = v.new_zeros(base_shape)
+            d_base = torch.zeros_like(base)
             new = all_codes[rows_shape[0] :]
             into = group_accesses(base_rows(new, d_base.flatten(0, 1)).unsqueeze(1))
             ones = v.new_ones(new.numel(), 1)
-            summed = segment_sum(d_table[rows_shape[0] :], ones, into.order, into.starts)
+            summed = segment_sum(d_table.table[rows_shape[0] :], ones, into.order, into.starts)
             d_base.flatten(0, 1)[into.rows] = summed
         return (
-            d_q, d_v, d_gate, d_keys if need[3] else None, d_base, d_table[: rows_shape[0]] if need[5] else None,
+            d_q, d_v, d_gate, d_keys if need[3] else None, d_base, d_table.table[: rows_shape[0]] if need[5] else None,
             None, None, None, None, None,
         )  # fmt: skip
 
 
 def _unpack(saved: list[Tensor]) -> _Chunk:
-    n = 3 + len(Accesses._fields)
-    return _Chunk(*saved[:3], Accesses(*saved[3:n]), Addresses(*saved[n:]))
+    n = 2 + len(Accesses._fields)
+    n_keys = n + len(KeyAccesses._fields)
+    return _Chunk(*saved[:2], Accesses(*saved[2:n]), KeyAccesses(*saved[n:n_keys]), Addresses(*saved[n_keys:]))
+
+
+class _RowDerivatives:
+    """Derivatives of the rows of the call's table, from its last chunk to its first: table (P,V).
+
+    A row has one only if it was given (``start``) or a chunk put one there, so nothing is filled with zeros.
+    """
+
+    def __init__(self, like: Tensor, n_rows: int) -> None:
+        self.table = like.new_empty(n_rows, like.shape[-1])
+        self.known = torch.zeros(n_rows, dtype=torch.bool, device=like.device)
+
+    def start(self, d_rows: Tensor) -> None:
+        """The first rows' derivatives (U,V) after the last chunk."""
+        self.table[: d_rows.shape[0]] = d_rows
+        self.known[: d_rows.shape[0]] = True
+
+    def take(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the distinct ``places`` (U,) have a derivative (L,), ascending, and these (L,V), copied."""
+        later = self.known[places].nonzero().squeeze(1)
+        return later, self.table.index_select(0, places[later])
+
+    def put(self, places: Tensor, later: Tensor, d_after: Tensor, d_before: Tensor) -> None:
+        """Set the derivatives at ``places`` (U',), the first of those in :meth:`take`, to ``d_before`` (U',V), which is
+        overwritten, plus what was there: rows after a chunk are the rows before it and a change."""
+        n_here = int((later < places.numel()).sum())
+        if n_here == places.numel():
+            d_before += d_after[:n_here]
+        else:
+            d_before.index_add_(0, later[:n_here], d_after[:n_here])
+        self.table.index_copy_(0, places, d_before)
+        self.known[places] = True
 
 
 class _Call:
@@ -305,6 +349,11 @@ class _Call:
             self.parts.append((slice(n_written, n_tokens), False))
         # Without a reason to move, the keys stay the very same tensor.
         self.keys_move = bool(options.address_weight) or options.value_loss_to_keys
+        # Where each chunk's differences and rows are formed: the same memory for all, which need not be mapped again.
+        n_most = max((part.stop - part.start for part, _ in self.parts), default=0)
+        n_accesses = q.shape[0] * n_most * self.n_read
+        self.room = q.new_empty(n_accesses * q.shape[-1])
+        self.room_for_rows = v.new_empty(n_accesses, v.shape[-1])
 
     def per_memory(self, x: Tensor) -> Tensor:
         """(B,T,...) -> (M,R,T,...), a view."""
@@ -340,7 +389,7 @@ class _Call:
         """1 / (pairs of a memory * V): from summed to mean errors."""
         return 1.0 / max(self.n_rows * self._n_writing(part) * self.v.shape[-1], 1)
 
-    def _difference(self, on_tokens: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    def difference(self, on_tokens: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         """read_t - v_{t+L} of the tokens that write (B,C-L,V), and their weight g m (B,C-L)."""
         n_writing, lookahead = self._n_writing(part), self.options.lookahead
         read = on_tokens.view(self.q.shape[0], -1, on_tokens.shape[-1])[:, :n_writing]
@@ -354,32 +403,42 @@ class _Call:
             weight = weight * self.mask[:, writing]
         return difference, weight
 
-    def error(self, on_tokens: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        """e (M*S,V), zero at tokens that write nothing, and sum of g m mean_V (read - v)^2."""
-        difference, weight = self._difference(on_tokens, part)
-        error = torch.zeros_like(on_tokens).view(self.q.shape[0], -1, on_tokens.shape[-1])
-        torch.mul(difference, weight.unsqueeze(-1), out=error[:, : difference.shape[1]])
-        return error.flatten(0, 1), (weight * difference.square().mean(-1)).sum()
-
-    def error_backward(self, d_error: Tensor, on_tokens: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        """Derivatives of read_t - v_{t+L} (M*S,V) and of the gate (M*S,), zero at tokens that write nothing."""
-        difference, weight = self._difference(on_tokens, part)
+    def error(self, difference: Tensor, weight: Tensor, part: slice) -> Tensor:
+        """e (M*S,V), zero at tokens that write nothing."""
         n_writing = difference.shape[1]
-        d_error = d_error.view(self.q.shape[0], -1, d_error.shape[-1])
-        d_difference, d_gate = torch.zeros_like(d_error), d_error.new_zeros(d_error.shape[:2])
-        d_difference[:, :n_writing] = d_error[:, :n_writing] * weight.unsqueeze(-1)
-        d_gate[:, :n_writing] = (d_error[:, :n_writing] * difference).sum(-1)
-        if self.mask is not None:
-            d_gate *= self.mask[:, part]
-        return d_difference.flatten(0, 1), d_gate.flatten()
+        error = self.v.new_empty(self.q.shape[0], part.stop - part.start, self.v.shape[-1])
+        torch.mul(difference, weight.unsqueeze(-1), out=error[:, :n_writing])
+        error[:, n_writing:] = 0
+        return error.flatten(0, 1)
 
-    def add_targets(self, d_v: Tensor, d_target: Tensor, part: slice) -> None:
-        """Add derivatives of v_{t+L} (M*S,V), given at t."""
-        n_writing = self._n_writing(part)
-        d_target = d_target.view(self.q.shape[0], -1, d_target.shape[-1])
-        d_v[:, part.stop - n_writing : part.stop] += d_target[:, :n_writing]
+    def error_backward(
+        self,
+        d_error: Tensor,
+        difference: Tensor,
+        weight: Tensor,
+        part: slice,
+        d_on_tokens: Tensor,
+        d_v: Tensor,
+        d_gate: Tensor | None,
+    ) -> Tensor:
+        """Hand on the derivative of e (M*S,V): add it to d_v (B,T,V) and d_gate (B,T), and to d_on_tokens (M*S,V) in a
+        copy, which is returned."""
+        n_writing = difference.shape[1]
+        by_sequence = (self.q.shape[0], -1, d_error.shape[-1])
+        d_error = d_error.view(by_sequence)[:, :n_writing]
+        if d_gate is not None:
+            on_gate = torch.linalg.vecdot(d_error, difference)
+            writing = slice(part.start, part.start + n_writing)
+            if self.mask is not None:
+                on_gate = on_gate * self.mask[:, writing]
+            d_gate[:, writing] = on_gate
+        d_difference = d_error * weight.unsqueeze(-1)
+        d_v[:, part.stop - n_writing : part.stop] -= d_difference
+        d_on_tokens = d_on_tokens.clone().view(by_sequence)
+        d_on_tokens[:, :n_writing] += d_difference
+        return d_on_tokens.flatten(0, 1)
 
-    def row_scale(self, accesses: Accesses, part: slice, n_slots: int) -> Tensor:
+    def row_scale(self, accesses: Accesses, part: slice) -> Tensor:
         """scale / cnt_u of the touched rows (U,)."""
         scale = 1 / accesses.counts.to(self.v.dtype)
         n_writing = self._n_writing(part)
@@ -390,4 +449,5 @@ class _Call:
             return scale * (self.n_read * self.n_rows * (part.stop - part.start) / n_pairs)
         writing = self.mask[:, part.start : part.start + n_writing].to(scale.dtype)
         n_effective = writing.reshape(self.n_memories, -1).sum(1)
-        return scale * (self.n_read / n_pairs * n_effective)[accesses.rows // n_slots]
+        memory = accesses.order[accesses.starts[:-1]] // (self.n_rows * (part.stop - part.start) * self.n_read)
+        return scale * (self.n_read / n_pairs * n_effective)[memory]

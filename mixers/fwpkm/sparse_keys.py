@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mixers.fwpkm.reference import ENTROPY_EPS, ChunkOptions
@@ -37,6 +36,15 @@ class Addresses(NamedTuple):
     weights: Tensor
 
 
+class KeyAccesses(NamedTuple):
+    """The accesses to sub-keys, grouped: codes (M,S,H,2,k) are rows of the (M*H*2*n,K/2) table, ``order`` and
+    ``starts`` (M*H*2*n+1,) those of :func:`segment_sum`."""
+
+    codes: Tensor
+    order: Tensor
+    starts: Tensor
+
+
 class StepGradients(NamedTuple):
     """Derivatives through :func:`key_step`: of q (M,S,H,2,K/2), keys (M*H*2*n,K/2), half distances (None for ``dot``),
     half scores, and of its argument ``on_half``."""
@@ -48,8 +56,8 @@ class StepGradients(NamedTuple):
     on_half: Tensor
 
 
-def address(q: Tensor, keys: Tensor, options: ChunkOptions) -> tuple[Addresses, Tensor]:
-    """Addresses of q (M,S,H,K) in keys (M,H,2,n,K/2), and their differences.
+def address(q: Tensor, keys: Tensor, options: ChunkOptions, room: Tensor) -> tuple[Addresses, Tensor]:
+    """Addresses of q (M,S,H,K) in keys (M,H,2,n,K/2), and their differences, which lie in ``room``.
 
     The choice is that of :func:`mixers.product_keys.select`: halves by the same coarse scores, ties as ``torch.topk``
     breaks them. Distances come from the differences as there, but by one fused norm instead of a square and a sum,
@@ -57,7 +65,7 @@ def address(q: Tensor, keys: Tensor, options: ChunkOptions) -> tuple[Addresses, 
     """
     halves = q.unflatten(-1, (2, -1))
     half_indices = best_halves(halves, keys, options.top_k, options.score)
-    differences = half_differences(q, keys, half_indices, options.score)
+    differences = half_differences(q, keys, half_indices, options.score, room)
     if options.score == "idw":
         half_distances = torch.linalg.vector_norm(differences, dim=-1).square_()
         half_scores = -torch.log(IDW_EPS + half_distances)
@@ -70,22 +78,30 @@ def address(q: Tensor, keys: Tensor, options: ChunkOptions) -> tuple[Addresses, 
     return Addresses(half_indices, half_distances, half_weights, pairs, slots.flatten(-2), weights), differences
 
 
-def half_differences(q: Tensor, keys: Tensor, half_indices: Tensor, score: Score) -> Tensor:
-    """Selected sub-key minus query half (``idw``), or the sub-key itself (``dot``): (M,S,H,2,k,K/2)."""
-    half_keys = F.embedding(table_rows(half_indices, keys.shape[3]), keys.reshape(-1, keys.shape[-1]))
+def half_differences(q: Tensor, keys: Tensor, half_indices: Tensor, score: Score, room: Tensor) -> Tensor:
+    """Selected sub-key minus query half (``idw``), or the sub-key itself (``dot``): (M,S,H,2,k,K/2), in ``room``."""
+    codes, table = table_rows(half_indices, keys.shape[3]), keys.reshape(-1, keys.shape[-1])
+    found = room[: codes.numel() * table.shape[1]].view(-1, table.shape[1])
+    half_keys = torch.index_select(table, 0, codes.flatten(), out=found).view(*codes.shape, -1)
     if score == "idw":
         half_keys -= q.unflatten(-1, (2, 1, -1))
     return half_keys
 
 
 def key_step(
-    q: Tensor, keys: Tensor, at: Addresses, differences: Tensor, on_half: Tensor | None, options: ChunkOptions
+    q: Tensor,
+    keys: Tensor,
+    at: Addresses,
+    accesses: KeyAccesses,
+    differences: Tensor,
+    on_half: Tensor | None,
+    options: ChunkOptions,
 ) -> tuple[Tensor, Tensor]:
     """keys - lr * gradient after a chunk, and its addressing loss (), averaged over the memories.
 
     ``on_half``: what the value loss adds to the gradient on the half scores (M,S,H,2,k), None for nothing.
     """
-    use = _KeyUse(at, keys.shape)
+    use = _KeyUse(at, accesses, keys.shape)
     on_scores = _entropy_gradient(at, use, options)
     loss = options.address_weight * (use.mean * use.log_mean).sum() / keys.shape[0]
     if on_half is not None:
@@ -100,6 +116,7 @@ def key_step_backward(
     q: Tensor,
     keys: Tensor,
     at: Addresses,
+    accesses: KeyAccesses,
     differences: Tensor,
     on_half: Tensor | None,
     d_new_keys: Tensor,
@@ -113,7 +130,7 @@ def key_step_backward(
         gs = P (slope - <P, slope>), slope a function of Pbar = mean P: softmax backward, its Hessian, and the mean
     """
     o = options
-    use = _KeyUse(at, keys.shape)
+    use = _KeyUse(at, accesses, keys.shape)
     half_dim = keys.shape[-1]
     halves = q.unflatten(-1, (2, -1))
     on_scores = _entropy_gradient(at, use, o)
@@ -153,6 +170,7 @@ def address_backward(
     q: Tensor,
     keys: Tensor,
     at: Addresses,
+    accesses: KeyAccesses,
     differences: Tensor,
     step: StepGradients | None,
     d_weights: Tensor,
@@ -168,8 +186,7 @@ def address_backward(
         d_half_scores = d_half_scores + step.half_scores
         d_halves, d_keys, d_distances = step.halves, step.keys, step.half_distances
 
-    codes = table_rows(at.half_indices, keys.shape[3])
-    order, starts = _group(codes, keys.shape[:-1].numel())
+    order, starts = accesses.order, accesses.starts
     if at.half_distances is not None:
         from_scores = -d_half_scores / (IDW_EPS + at.half_distances)
         slope = 2 * (from_scores if d_distances is None else from_scores + d_distances)
@@ -210,10 +227,9 @@ def halves_to_pairs(on_halves: Tensor, pairs: Tensor) -> Tensor:
 class _KeyUse:
     """How often a chunk uses each sub-key, P summed over its accesses; mean is Pbar (M,2,n)."""
 
-    def __init__(self, at: Addresses, shape: torch.Size) -> None:
+    def __init__(self, at: Addresses, accesses: KeyAccesses, shape: torch.Size) -> None:
         self.shape = shape[:-1]
-        self.codes = table_rows(at.half_indices, shape[3])
-        self.order, self.starts = _group(self.codes, self.shape.numel())
+        self.codes, self.order, self.starts = accesses
         self.n_entries = at.half_indices.shape[1] * at.half_indices.shape[2]
         self.mean = self.sum_over_heads(at.half_weights) / self.n_entries
         self.log_mean = torch.log(self.mean + ENTROPY_EPS)
@@ -259,8 +275,9 @@ def _key_gradient(
     return segment_sum(halves, on_scores.reshape(-1, on_scores.shape[-1]), use.order, use.starts)
 
 
-def _group(codes: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
-    """``order`` and ``starts`` (n_rows+1,) of :func:`segment_sum` for accesses to a table of which every row counts."""
+def group_keys(at: Addresses, keys: Tensor) -> KeyAccesses:
+    """Group the accesses to the sub-keys (M,H,2,n,K/2); every sub-key counts, also those that nobody accesses."""
+    codes, n_rows = table_rows(at.half_indices, keys.shape[3]), keys.shape[:-1].numel()
     in_order, order = torch.sort(codes.flatten(), stable=True)
     starts = torch.searchsorted(in_order, torch.arange(n_rows + 1, device=codes.device))
-    return order, starts
+    return KeyAccesses(codes, order, starts)

@@ -18,7 +18,7 @@ from torch import Tensor
 class Accesses(NamedTuple):
     """The accesses (S,J) of a chunk, grouped by the row that they go to.
 
-    rows: (U,) int64, the distinct codes, ascending. index: (S,J) int64, position of each access in ``rows``.
+    rows: (U,) int64, the distinct rows, ascending. index: (S,J) int64, position of each access in ``rows``.
     order: (S*J,) int64, the accesses s*J + j sorted by row, earlier tokens first.
     starts: (U+1,) int64; those of row u are order[starts[u]:starts[u+1]].
     """
@@ -34,16 +34,16 @@ class Accesses(NamedTuple):
         return self.starts.diff()
 
 
-def group_accesses(codes: Tensor) -> Accesses:
-    """Group the accesses ``codes`` (S,J) int64 by code, with one stable sort."""
-    in_order, order = torch.sort(codes.flatten(), stable=True)
+def group_accesses(rows: Tensor) -> Accesses:
+    """Group the accesses to ``rows`` (S,J) int64, with one stable sort."""
+    in_order, order = torch.sort(rows.flatten(), stable=True)
     is_first = torch.ones_like(in_order, dtype=torch.bool)
     torch.ne(in_order[1:], in_order[:-1], out=is_first[1:])
     starts = is_first.nonzero().squeeze(1)
     index = torch.empty_like(order)
     index[order] = is_first.cumsum(0) - 1
     n_accesses = starts.new_full((1,), order.numel())
-    return Accesses(in_order[starts], index.view(codes.shape), order, torch.cat([starts, n_accesses]))
+    return Accesses(in_order[starts], index.view(rows.shape), order, torch.cat([starts, n_accesses]))
 
 
 def gather_sum(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -57,13 +57,59 @@ def gather_dot(table: Tensor, index: Tensor, tokens: Tensor) -> Tensor:
     The derivative of :func:`gather_sum` with respect to its weights, where tokens are the derivative of its result.
     """
     n_tokens, n_read = index.shape
-    offsets = torch.arange(0, n_tokens * n_read, n_read, device=index.device)
-    bag_of_access = torch.arange(n_tokens, device=index.device).repeat_interleave(n_read)
+    token = torch.arange(n_tokens, device=index.device).repeat_interleave(n_read)
+    return _dots(table, index.flatten(), tokens, token).view(n_tokens, n_read)
+
+
+def _dots(table: Tensor, index: Tensor, tokens: Tensor, token: Tensor) -> Tensor:
+    """<table[index[i]], tokens[token[i]]> (I,)."""
     sum_mode, no_padding = 0, -1
-    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        tokens, table, index.flatten(), offsets, bag_of_access, sum_mode, no_padding
+    # The offsets say how the entries fall into bags; ``token`` says the same, and is what a CPU and CUDA go by.
+    offsets = token.new_zeros(tokens.shape[0])
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        tokens, table, index, offsets, token, sum_mode, no_padding
     )
-    return dots.view(n_tokens, n_read)
+
+
+def first_rows(accesses: Accesses, n_rows: int) -> Accesses:
+    """Only the rows, order and starts of the first ``n_rows`` rows; ``index`` stays that of all."""
+    if n_rows == accesses.rows.numel():
+        return accesses
+    starts = accesses.starts[: n_rows + 1]
+    return Accesses(accesses.rows[:n_rows], accesses.index, accesses.order[: int(starts[-1])], starts)
+
+
+class SomeAccesses(NamedTuple):
+    """The accesses of a chunk that go to L of its rows, in the order of the tokens.
+
+    entry: (I,) int64, the accesses s*J + j. token: (I,) int64, their s. index: (I,) int64, the row of each, in 0..L-1.
+    """
+
+    entry: Tensor
+    token: Tensor
+    index: Tensor
+
+    def gather_sum(self, table: Tensor, weights: Tensor) -> Tensor:
+        """sum_{i at s} weights[entry_i] * table[index_i]: table (L,V), weights (S,J) -> (S,V)."""
+        bags = torch.arange(weights.shape[0], device=table.device)
+        offsets = torch.searchsorted(self.token, bags)
+        chosen = weights.flatten()[self.entry]
+        return F.embedding_bag(self.index, table, offsets, mode="sum", per_sample_weights=chosen)
+
+    def gather_dot(self, table: Tensor, tokens: Tensor, n_read: int) -> Tensor:
+        """<table[index_i], tokens[token_i]> at the entries, zero elsewhere: table (L,V), tokens (S,V) -> (S,J)."""
+        dots = tokens.new_zeros(tokens.shape[0] * n_read)
+        dots[self.entry] = _dots(table, self.index, tokens, self.token)
+        return dots.view(-1, n_read)
+
+
+def accesses_of(accesses: Accesses, rows: Tensor) -> SomeAccesses:
+    """The accesses that go to the L rows at the distinct positions ``rows`` (L,) of ``accesses.rows``."""
+    position = accesses.rows.new_full(accesses.rows.shape, -1)
+    position[rows] = torch.arange(rows.numel(), device=rows.device)
+    index = position[accesses.index.flatten()]
+    entry = (index >= 0).nonzero().squeeze(1)
+    return SomeAccesses(entry, entry.div(accesses.index.shape[1], rounding_mode="floor"), index[entry])
 
 
 def segment_sum(tokens: Tensor, weights: Tensor, order: Tensor, starts: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mixers.fwpkm.sparse_keys import softmax_backward
-from mixers.fwpkm.sparse_rows import Accesses, gather_dot, gather_sum, segment_sum
+from mixers.fwpkm.sparse_rows import Accesses, accesses_of, gather_dot, gather_sum, segment_sum
 
 
 def row_changes(error: Tensor, weights: Tensor, scale: Tensor, accesses: Accesses, lr: float, clip: bool) -> Tensor:
@@ -24,8 +24,8 @@ def row_changes(error: Tensor, weights: Tensor, scale: Tensor, accesses: Accesse
 
 
 def row_changes_backward(
-    d_table: Tensor,
-    places: Tensor,
+    d_after: Tensor,
+    later: Tensor,
     error: Tensor,
     weights: Tensor,
     scale: Tensor,
@@ -33,15 +33,17 @@ def row_changes_backward(
     lr: float,
     clip: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Derivatives of error (S,V) and weights (S,J) given that of the rows after, which stands at ``places`` (U,) of
-    ``d_table`` (P,V)."""
+    """Derivatives of error (S,V) and weights (S,J), given those of the rows after the chunk: ``d_after`` (L,V) for the
+    rows at the positions ``later`` (L,) of the chunk's, zero for the others."""
+    some = accesses_of(accesses, later)
     factor = -lr * scale
     if clip:
-        inside = _row_gradient(error, weights, scale, accesses).abs() <= 1
-        on_gradient = d_table.index_select(0, places).mul_(inside).mul_(factor.unsqueeze(-1))
-        return gather_sum(on_gradient, accesses.index, weights), gather_dot(on_gradient, accesses.index, error)
-    index, factor = places[accesses.index], factor[accesses.index]
-    return gather_sum(d_table, index, weights * factor), gather_dot(d_table, index, error).mul_(factor)
+        inside = _row_gradient(error, weights, scale, accesses)[later].abs() <= 1
+        on_gradient = d_after * inside * factor[later].unsqueeze(-1)
+        return some.gather_sum(on_gradient, weights), some.gather_dot(on_gradient, error, weights.shape[1])
+    factor = factor[accesses.index]
+    d_weights = some.gather_dot(d_after, error, weights.shape[1]).mul_(factor)
+    return some.gather_sum(d_after, weights * factor), d_weights
 
 
 def _row_gradient(error: Tensor, weights: Tensor, scale: Tensor, accesses: Accesses) -> Tensor:

@@ -13,14 +13,16 @@ from torch import Tensor
 
 
 class TouchedRows:
-    """The rows that one call touches, copied from ``base`` when first met and then written in place: a private copy.
+    """The rows that one call touches, in the order in which they were met: a private copy, written in place.
 
-    base: (1 or M,N,V), never written. codes (U,) ascending and rows (U,V): what differs from it already.
+    base: (1 or M,N,V), never written. codes (U,) ascending and rows (U,V): what differs from it already. For each
+    chunk: ``find``, ``take``, and ``put`` if it writes. The rows that a chunk meets first have the highest places, one
+    after another, so they come from the base and go into the table without a pass over the table in between.
     """
 
     def __init__(self, base: Tensor, n_memories: int, codes: Tensor, rows: Tensor, n_accesses: int) -> None:
         self.base = base.flatten(0, 1)
-        self.n_given = self.n_rows = codes.numel()
+        self.n_given = self.n_rows = self.n_before = codes.numel()
         n_codes = n_memories * base.shape[1]
         capacity = min(self.n_given + n_accesses, n_codes)
         self.table = rows.new_empty(capacity, rows.shape[1])
@@ -30,24 +32,32 @@ class TouchedRows:
         self.place[codes] = torch.arange(self.n_given, dtype=torch.int32, device=codes.device)
 
     def find(self, codes: Tensor) -> Tensor:
-        """Where the distinct ``codes`` (U,) stand in the table; those not met before are copied there first."""
+        """Where the rows that a chunk accesses stand in the table: codes (S,J) -> places (S,J) int64."""
         places = self.place[codes]
-        new = codes[places < 0]
+        new = torch.unique(codes[places < 0])
+        self.codes.append(new)
+        self.n_before, self.n_rows = self.n_rows, self.n_rows + new.numel()
         if new.numel():
-            first, self.n_rows = self.n_rows, self.n_rows + new.numel()
-            self.place[new] = torch.arange(first, self.n_rows, dtype=torch.int32, device=codes.device)
-            self.codes.append(new)
-            torch.index_select(self.base, 0, base_rows(new, self.base), out=self.table[first : self.n_rows])
+            self.place[new] = torch.arange(self.n_before, self.n_rows, dtype=torch.int32, device=codes.device)
             places = self.place[codes]
         return places.long()
 
-    def take(self, places: Tensor) -> Tensor:
-        """The rows (U,V) as they are now, copied."""
-        return self.table.index_select(0, places)
+    def take(self, places: Tensor, room: Tensor) -> Tensor:
+        """The chunk's rows (U,V) as they are now, copied into ``room``, for its distinct ``places`` (U,) ascending."""
+        n_old = self._n_old(places)
+        found = room[: places.numel()]
+        torch.index_select(self.table, 0, places[:n_old], out=found[:n_old])
+        torch.index_select(self.base, 0, base_rows(self.codes[-1], self.base), out=found[n_old:])
+        return found
 
-    def add(self, places: Tensor, changes: Tensor) -> None:
-        """Add ``changes`` (U,V) to the rows at the distinct ``places`` (U,)."""
-        self.table.index_add_(0, places, changes)
+    def put(self, places: Tensor, before: Tensor, changes: Tensor) -> None:
+        """Write ``before`` + ``changes`` (U,V), where before is what :meth:`take` gave for these ``places``."""
+        n_old = self._n_old(places)
+        self.table.index_copy_(0, places[:n_old], before[:n_old] + changes[:n_old])
+        torch.add(before[n_old:], changes[n_old:], out=self.table[self.n_before : self.n_rows])
+
+    def _n_old(self, places: Tensor) -> int:
+        return places.numel() - (self.n_rows - self.n_before)
 
     def met(self) -> tuple[Tensor, Tensor]:
         """codes (U,) in the order in which they were met, the given ones first, and rows (U,V): views."""
@@ -66,28 +76,35 @@ class UntouchedRows:
         self.codes = [codes]
 
     def find(self, codes: Tensor) -> Tensor:
-        """Places of the distinct ``codes`` (U,): among the given rows, or behind them in ascending order."""
+        """Places of the ``codes`` (S,J), (S,J): among the given rows, or behind them in ascending order."""
         if self.n_given:
             places = torch.searchsorted(self.given_codes, codes).clamp_(max=self.n_given - 1)
             missing = self.given_codes[places] != codes
         else:
             places, missing = torch.zeros_like(codes), torch.ones_like(codes, dtype=torch.bool)
-        new = codes[missing]
-        places[missing] = torch.arange(self.n_given, self.n_given + new.numel(), device=codes.device)
+        new, index = torch.unique(codes[missing], return_inverse=True)
+        places[missing] = self.n_given + index
         self.codes.append(new)
         return places
 
-    def take(self, places: Tensor) -> Tensor:
-        """The rows (U,V), copied."""
-        found = self.rows.new_empty(places.numel(), self.rows.shape[1])
-        is_new = places >= self.n_given
-        found[is_new] = self.base.index_select(0, base_rows(self.codes[-1], self.base))
-        found[~is_new] = self.rows.index_select(0, places[~is_new])
-        return found
+    def take(self, places: Tensor, room: Tensor) -> Tensor:
+        """The rows (U,V), copied into ``room``, for the distinct ``places`` (U,) ascending."""
+        new = self.codes[-1]
+        n_old = places.numel() - new.numel()
+        return restore(self.rows[places[:n_old]], new, self.base, room)
 
     def met(self) -> tuple[Tensor, Tensor]:
         """Nothing is touched by reading: the given codes and rows."""
         return self.given_codes, self.rows
+
+
+def restore(old: Tensor, new: Tensor, base: Tensor, room: Tensor) -> Tensor:
+    """``old`` (U',V) and the rows of the flattened ``base`` from which the codes ``new`` start: (U,V), in ``room``."""
+    n_old = old.shape[0]
+    found = room[: n_old + new.numel()]
+    found[:n_old] = old
+    torch.index_select(base, 0, base_rows(new, base), out=found[n_old:])
+    return found
 
 
 def base_rows(codes: Tensor, base: Tensor) -> Tensor:
