@@ -117,6 +117,8 @@ def test_a_run_that_does_not_stop_is_killed_in_time(tmp_path):
     runs = tmp_path / "runs"
     driver = start_driver(write_sweep(tmp_path), runs, behaviour={"stuck_s": 60})
     wait_for(driver, "run_started", 2)
+    while len(list(runs.glob("tiny/*/spans.log"))) < 2:  # before that, there is nothing to save and to wait for
+        time.sleep(0.02)
     workers = children(driver.pid)
     driver.send_signal(signal.SIGTERM)
     seconds, _ = ended(driver)
