@@ -131,6 +131,9 @@ def _run(
         (folder / "checkpoint.pt").unlink(missing_ok=True)
     if tracker is not None:
         tracker.finish(outcome, folder)
+        if tracker.run_id != outcome.mlflow_run_id:  # a short training was over before the store had answered
+            outcome = replace(outcome, mlflow_run_id=tracker.run_id)
+            write_outcome(folder, outcome)
         if tracker.behind:
             print(way_to_catch_up(tracker.problem, identity.sweep), file=sys.stderr, flush=True)
     return outcome

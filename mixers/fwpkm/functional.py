@@ -265,7 +265,7 @@ def choose_impl(
     return "sparse" if copied_bytes > LARGEST_REFERENCE_TABLE_BYTES and not why_not_sparse(options) else "reference"
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable imports the compiler at once, which takes seconds
 def _why_not_triton(
     options: ChunkOptions, n_subkeys: int, value_dim: int, device: torch.device, dtype: torch.dtype
 ) -> str:

@@ -279,7 +279,7 @@ class FastWeightPKM(Mixer):
         y = zero_padding(y, mask)
         return MixerOutput(y, state if return_state else None, self._aux(gate, slots, losses))
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable imports the compiler at once, which takes seconds
     def _memory_uncompiled(self, *arguments: Any) -> tuple[Tensor, Tensor, FastWeightState, dict[str, Tensor]]:
         return self._memory(*arguments)
 
