@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from experiments.bench.case import IMPLEMENTATIONS, SCENES
+
 if TYPE_CHECKING:
     from experiments.bench.fwpkm import Report
 
-SCENES = ("prefill", "train", "scopes", "decode", "layer", "small", "model")
-IMPLEMENTATIONS = ("dense", "reference", "sparse", "triton", "package", "floor")
 STDOUT = "-"
 QUICK = {"n": (64,), "repeats": 3, "width": 128, "chunk": 128, "memory": False}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+SCENES = ("prefill", "train", "scopes", "decode", "layer", "small", "model")
+IMPLEMENTATIONS = ("dense", "reference", "sparse", "triton", "package", "floor")
 # What is said of a row that holds no time.
 OK, NO_MEMORY, ABSENT, WRONG, FAILED = "measured", "out of memory", "not installed", "wrong", "failed"
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from experiments.bench import model
-from experiments.bench.case import ABSENT, FAILED, NO_MEMORY, OK, WRONG, Case
+from experiments.bench.case import ABSENT, FAILED, IMPLEMENTATIONS, NO_MEMORY, OK, SCENES, WRONG, Case
 from experiments.bench.equality import why_wrong
 from experiments.bench.measure import (
     OutOfMemory,
