@@ -28,7 +28,6 @@ from experiments.bench.measure import (
 )
 from experiments.bench.operations import Operation, Workbench
 from experiments.bench.package import DIFFERENCES, INSTALL, is_installed
-from experiments.bench_cli import IMPLEMENTATIONS, SCENES
 from experiments.environment import environment
 from experiments.errors import UserError
 
