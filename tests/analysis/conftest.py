@@ -150,7 +150,7 @@ class Watched(NamedTuple):
 @pytest.fixture
 def watched(browser: Any) -> Iterator[Watched]:
     page = browser.new_page()
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(30_000)
     errors: list[str] = []
     requests: list[str] = []
     page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
