@@ -73,9 +73,23 @@ def protected_app(app: Flask, routes: Iterable[str]) -> Any:
     """
     from mlflow.server import auth
 
+    rules = auth.BEFORE_REQUEST_VALIDATORS
+    # MLflow lets everybody with a login make new experiments and models, and own them: a reader would be a writer.
+    for place, rule in list(rules.items()):
+        if rule.__name__.startswith("validate_can_create_") or place == (auth.DEMO_GENERATE, "POST"):
+            rules[place] = lambda rule=rule: _may_write_somewhere() and rule()
     for route in routes:
-        auth.BEFORE_REQUEST_VALIDATORS[(route, "GET")] = auth._allow_authenticated
+        rules[(route, "GET")] = auth._allow_authenticated
     return auth.create_app(app)
+
+
+def _may_write_somewhere() -> bool:
+    """Whether the user of the present request may change at least one experiment."""
+    from mlflow.server import auth
+
+    user = auth.store.get_user(g.mlflow_authenticated_user)
+    grants = auth.store.list_grants(user.id, auth.DEFAULT_WORKSPACE_NAME, {auth.RESOURCE_TYPE_EXPERIMENT})
+    return any(auth.get_permission(grant.permission).can_update for grant in grants)
 
 
 def readable_experiments(ids: list[str]) -> list[str]:

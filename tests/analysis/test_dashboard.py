@@ -148,7 +148,15 @@ def test_sweeps_are_listed_and_mistakes_answered(dashboard: str) -> None:
 
 
 def test_nothing_can_be_written_through_our_pages(dashboard: str) -> None:
-    for route in ("compare", "compare/data", "compare/static/main.js", "sweeps", "sweeps/data", "mixers", "mixers/data"):
+    for route in (
+        "compare",
+        "compare/data",
+        "compare/static/main.js",
+        "sweeps",
+        "sweeps/data",
+        "mixers",
+        "mixers/data",
+    ):
         for method in ("POST", "PUT", "DELETE", "PATCH"):
             request = urllib.request.Request(f"{dashboard}/{route}", method=method)
             with pytest.raises(urllib.error.HTTPError) as caught:
