@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixers import contract, registry
-from mixers.implementations import FLA_MISSING, FLASH_ATTN_MISSING, TRITON_MISSING
+from mixers.implementations import FLA_MISSING, FLASH_ATTN_MISSING, TRITON, TRITON_MISSING
 from tests.mixers.fla_equality import skip_where_refused
 
 pytestmark = pytest.mark.cuda
@@ -36,6 +36,10 @@ EXCUSES: dict[tuple[str, str], dict[str, str]] = {
     },
     ("fwpkm", "reference"): {"determinism": ANY_ORDER, "state_dict": ANY_ORDER},
 }
+# Wrong numbers from torch.compile of plain torch on CUDA, with this pair of versions; right with triton 3.6.
+if torch.__version__.startswith("2.11.") and TRITON is not None and TRITON >= (3, 7):
+    COMPILER = "torch 2.11's compiler, made for triton 3.6, miscomputes its running decays with triton 3.7"
+    EXCUSES |= {(name, "reference"): {"compile": COMPILER} for name in ("gla", "hgrn2")}
 
 
 def implementations(name: str) -> list[str]:
