@@ -64,6 +64,7 @@ def add_pages(app: Flask, prefix: str, may_read: Callable[[list[str]], list[str]
     /sweeps/data                                      where every sweep stands
     /compare/sweeps                                   names and ids of the sweeps, newest first
     /compare/data?experiment=NAME[&x&y&tag]           one sweep: what `mixlab compare --json` prints
+    /compare/statistics?experiment=NAME[&x&y&tag]     one sweep: paired differences, capacity, tuning, exclusions, method
     /compare/runs?experiment=NAME&arm&cell[&tag]      the runs of one arm and cell
     /compare/seeds?experiment=NAME&x&y[&tag]          two values of every replicate
     /mixers/data[?name=NAME]                          all mixers, or one
@@ -77,6 +78,7 @@ def add_pages(app: Flask, prefix: str, may_read: Callable[[list[str]], list[str]
         "/sweeps/data": server.overview,
         "/compare/sweeps": server.names,
         "/compare/data": server.comparison,
+        "/compare/statistics": server.statistics,
         "/compare/runs": server.runs,
         "/compare/seeds": server.seeds,
         "/mixers/data": server.mixers,
@@ -133,6 +135,14 @@ class _Server:
         x, y = given.get("x"), given.get("y")
         return self._of_sweep(
             "comparison", store, sweep, (x, y, *tags), lambda: self._views.comparison(store, sweep, x, y, tags)
+        )
+
+    def statistics(self) -> Response:
+        given = request.args
+        store, sweep, tags = self._visible(), given.get("experiment", ""), given.getlist("tag")
+        x, y = given.get("x"), given.get("y")
+        return self._of_sweep(
+            "statistics", store, sweep, (x, y, *tags), lambda: self._views.statistics(store, sweep, x, y, tags)
         )
 
     def runs(self) -> Response:

@@ -12,6 +12,9 @@ from analysis.comparison import DEFAULT_X, as_json, check_axis, compare
 from analysis.dashboard.overview import sweep_overview
 from analysis.dashboard.records import Plans, bench_results, contract_result
 from analysis.dashboard.store import StoredExperiment, StoredRun, VisibleStore
+from analysis.findings import Findings, findings
+from analysis.findings import as_json as findings_json
+from analysis.method import method
 from analysis.notes import mixer_names
 from analysis.payload import payload
 from analysis.runs import RunRow, find_experiment, replicates, rows_from_mlflow_runs, sweep_experiments
@@ -21,6 +24,7 @@ from sweeps.saved import SavedSweep
 
 # tags that say who a run is, or that the page shows anyway
 _NOT_FILTERS = {"key", "sweep", "arm", "cell", "factors", "role", "seed", "pattern", "reason", "mirrored"}
+_STATISTICS = ("paired", "pareto_probability", "bootstrap", "capacity", "tuning", "exclusions")
 _MAX_TAG_VALUES = 30
 _MAX_TOLD_VALUES = 5
 
@@ -59,8 +63,9 @@ class Views:
         lines = compare(saved, rows, x, y)
         check_axis("x", x, saved, lines)
         check_axis("y", y, saved, lines)
-        values = payload(saved, rows, lines, x=x, y=y, experiment_id=entry.experiment_id)
-        del values["runs"]
+        values = payload(saved, rows, lines, _nothing_found(x, y), experiment_id=entry.experiment_id)
+        for name in ("runs", "method", "shared_settings", *_STATISTICS):
+            del values[name]
         told = _told(rows, values["told_settings"])
         for line in values["comparisons"]:
             del line["trials"]
@@ -70,6 +75,18 @@ class Views:
             "tags": _tag_values(store.runs(entry.experiment_id)),
             "progress": {name: counts[name] for name in ("planned", "counts", "changed_ms")},
         }
+
+    def statistics(self, store: VisibleStore, sweep: str, x: str | None, y: str | None, tags: list[str]) -> Any:
+        """What is inferred of one sweep beside its means, see :mod:`analysis.findings`, and how it was made."""
+        entry = find_experiment(store, sweep)
+        saved, all_rows = self._sweep(store, entry)
+        rows = _with_tags(store, entry, all_rows, tags)
+        x, y = x or DEFAULT_X, y or saved.metric["report"]
+        lines = compare(saved, rows, x, y)
+        for option, name in (("x", x), ("y", y)):
+            check_axis(option, name, saved, lines)
+        found = findings(saved, rows, lines, x=x, y=y)
+        return {"sweep": saved.name, "x": x, "y": y, **findings_json(found), "method": method(saved, rows, found)}
 
     def runs_of(self, store: VisibleStore, sweep: str, arm: str, cell: str, tags: list[str]) -> dict[str, Any]:
         """All runs of an arm and cell, replicates first, with their settings."""
@@ -147,6 +164,11 @@ class Views:
             saved, rows = rows_from_mlflow_runs(store, entry.name, self._plans.get(entry.name))
             kept = self._rows[entry.experiment_id] = (state, saved, rows)
         return kept[1], kept[2]
+
+
+def _nothing_found(x: str, y: str) -> Findings:
+    """In place of statistics that are asked for by themselves, since they take longer than the means."""
+    return Findings(x, y, None, (), {}, {}, (), (), True, (), (), ())
 
 
 def _with_tags(store: VisibleStore, entry: StoredExperiment, rows: list[RunRow], tags: list[str]) -> list[RunRow]:
