@@ -19,6 +19,7 @@ COMPARE_SCRIPTS = (
     "chooser.js",
     "plot.js",
     "table.js",
+    "findings.js",
     "export.js",
     "source.js",
     "main.js",

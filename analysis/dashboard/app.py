@@ -64,7 +64,7 @@ def add_pages(app: Flask, prefix: str, may_read: Callable[[list[str]], list[str]
     /sweeps/data                                      where every sweep stands
     /compare/sweeps                                   names and ids of the sweeps, newest first
     /compare/data?experiment=NAME[&x&y&tag]           one sweep: what `mixlab compare --json` prints
-    /compare/statistics?experiment=NAME[&x&y&tag]     one sweep: paired differences, capacity, tuning, exclusions, method
+    /compare/statistics?experiment=NAME[&x&y&tag]     what is inferred beside the means, and how it was made
     /compare/runs?experiment=NAME&arm&cell[&tag]      the runs of one arm and cell
     /compare/seeds?experiment=NAME&x&y[&tag]          two values of every replicate
     /mixers/data[?name=NAME]                          all mixers, or one

@@ -11,6 +11,7 @@
   let model = null;
   let source = new mixlab.Source(embedded, []);
   let seedRuns = null; // of the last choice of axes; see loadSeeds
+  let findings = null; // likewise
   let drawnWidth = 0;
 
   mixlab.theme(view, draw);
@@ -42,7 +43,7 @@
   function loadData() {
     watches.forEach((end) => end());
     loaded.clear();
-    seedRuns = null;
+    seedRuns = findings = null;
     say("Loading …");
     const tags = view.all("tag");
     source = new mixlab.Source(null, tags);
@@ -76,7 +77,7 @@
     fillControls();
     mixlab.drawNotes(byId("notes"), model);
     if (isFirst) byId("details").hidden = true;
-    seedRuns = null;
+    seedRuns = findings = null;
     draw();
     return mixlab.pace(isRunning);
   }
@@ -191,13 +192,35 @@
 
   // The single seeds for the axes shown; what was loaded for others is forgotten.
   function loadSeeds(shown) {
-    const what = JSON.stringify([shown.x.name, shown.y.name]);
-    if (seedRuns?.what === what) return seedRuns.runs;
-    seedRuns = { what, runs: null };
-    const mine = seedRuns;
-    Promise.all(shown.model.sweeps.map(async (sweep) => (await source.seeds(sweep.name, shown.x.name, shown.y.name)).map((run) => ({ ...run, sweep: sweep.name }))))
-      .then((found) => { mine.runs = found.flat(); if (seedRuns === mine) draw(); }, (error) => say(`Single seeds: ${error.message}`, true));
-    return null;
+    if (seedRuns?.what !== axesOf(shown)) {
+      seedRuns = load(shown, "Single seeds", async (sweep, x, y) => (await source.seeds(sweep, x, y)).map((run) => ({ ...run, sweep })));
+    }
+    return seedRuns.value?.flat() ?? null;
+  }
+
+  // The statistics, which take longer than the means: drawn when they come.
+  function loadFindings(shown) {
+    if (findings?.what !== axesOf(shown)) findings = load(shown, "Statistics", (sweep, x, y) => source.statistics(sweep, x, y));
+    return findings.value?.filter((one) => one !== null) ?? null;
+  }
+
+  function axesOf(shown) { return JSON.stringify([shown.x.name, shown.y.name]); }
+
+  // {what, value}: value comes later, and then all is drawn again.
+  function load(shown, title, ask) {
+    const mine = { what: axesOf(shown), value: null };
+    Promise.all(shown.model.sweeps.map((sweep) => ask(sweep.name, shown.x.name, shown.y.name))).then((found) => {
+      mine.value = found;
+      if (mine === seedRuns) draw();
+      if (mine === findings) drawFindings(selection());
+    }, (error) => say(`${title}: ${error.message}`, true));
+    return mine;
+  }
+
+  function drawFindings(shown) {
+    const isPossible = !shown.x.name.startsWith("factor/");
+    const found = isPossible ? loadFindings(shown) : [];
+    if (found !== null) mixlab.drawFindings(byId("findings"), found, shown);
   }
 
   async function pick(arm, cell, sweep) {
@@ -224,5 +247,6 @@
     byId("left-out").textContent = told.join(" ");
     byId("plot").setAttribute("aria-label", `${shown.y.label} against ${shown.x.label}: ${shown.lines.length} points, listed in the table below`);
     mixlab.drawTable(byId("table"), shown, pick);
+    drawFindings(shown);
   }
 })();

@@ -128,7 +128,7 @@
       const head = ["arm", "cell", report, "n", ...mixlab.COSTS.map(([, heading]) => heading), "notes"];
       return e("details", { open: "" }, e("summary", {}, sweep.name, e("span", { class: "quiet" }, `  ${sweep.comparisons.length} arms and cells`)),
         e("ul", { class: "quiet" }, ...sweep.arms.map((arm) => e("li", {}, `${arm.name}: ${arm.pattern}`))),
-        e("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `Runs in ${sweep.name}` }, e("table", {}, e("thead", {}, e("tr", {}, ...head.map((heading) => e("th", { scope: "col" }, heading)))), e("tbody", {}, ...rows.slice(0, 300)))));
+        e("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `Runs in ${sweep.name}` }, e("table", {}, e("thead", {}, e("tr", {}, ...head.map((heading) => e("th", { scope: "col", ...(["arm", "cell", "notes"].includes(heading) ? { class: "words" } : {}) }, heading)))), e("tbody", {}, ...rows.slice(0, 300)))));
     }));
   }
 })();

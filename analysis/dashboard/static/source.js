@@ -25,6 +25,12 @@ mixlab.Source = class {
     return columns.arm.map((arm, i) => ({ arm, cell: columns.cell[i], seed: columns.seed[i], x: columns.x[i], y: columns.y[i] }));
   }
 
+  // What is inferred beside the means, for these axes; a report holds it for its own axes only: null for others.
+  async statistics(sweep, x, y) {
+    if (this.embedded !== null) return this.embedded.x === x && this.embedded.y === y && this.embedded.paired ? { ...this.embedded, sweep } : null;
+    return this.ask("compare/statistics", { experiment: sweep, x, y });
+  }
+
   async ask(path, values) {
     const query = new URLSearchParams(values);
     this.tags.forEach((tag) => query.append("tag", tag));
