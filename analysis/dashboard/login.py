@@ -56,7 +56,6 @@ class Login:
             "default_permission": "NO_PERMISSIONS",
             "database_uri": self.users,
             "admin_username": "admin",
-            "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",
             "auth_cache_ttl_seconds": str(_PASSWORD_KEPT_S),
         }
         with tempfile.NamedTemporaryFile("w", prefix="mixlab-", suffix=".ini") as file:  # readable by its owner alone
