@@ -76,7 +76,7 @@ def protected_app(app: Flask, routes: Iterable[str]) -> Any:
     rules = auth.BEFORE_REQUEST_VALIDATORS
     # MLflow lets everybody with a login make new experiments and models, and own them: a reader would be a writer.
     for place, rule in list(rules.items()):
-        if rule.__name__.startswith("validate_can_create_") or place == (auth.DEMO_GENERATE, "POST"):
+        if getattr(rule, "__name__", "").startswith("validate_can_create_") or place == (auth.DEMO_GENERATE, "POST"):
             rules[place] = lambda rule=rule: _may_write_somewhere() and rule()
     for route in routes:
         rules[(route, "GET")] = auth._allow_authenticated

@@ -104,7 +104,7 @@ class Views:
         columns: dict[str, list[Any]] = {
             name: [getattr(row, name) for row in found] for name in ("arm", "cell", "seed")
         }
-        return columns | {"x": [_value(row, x) for row in found], "y": [_value(row, y) for row in found]}
+        return finite(columns | {"x": [_value(row, x) for row in found], "y": [_value(row, y) for row in found]})
 
     def mixers(self, store: VisibleStore) -> list[dict[str, Any]]:
         """Every mixer that stands in an arm's pattern, with how many runs and sweeps there are of it."""

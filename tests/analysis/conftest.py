@@ -87,7 +87,9 @@ def start_dashboard(*options: str) -> subprocess.Popen[str]:
     )
     assert process.stdout is not None
     line = process.stdout.readline()
-    assert "Ctrl-C ends it" in line, line
+    if "Ctrl-C ends it" not in line:
+        process.kill()
+        pytest.fail(line + process.communicate()[0])
     return process
 
 

@@ -22,6 +22,8 @@ from tests.analysis import planted
 from tests.analysis.conftest import free_port, start_dashboard
 from tests.stores import postgres
 
+# on import of MLflow's server, which its client for users needs
+pytestmark = pytest.mark.filterwarnings("ignore:starlette.middleware.wsgi is deprecated")
 PASSWORDS = {"admin": "an admin's password", "reader": "a reader's password", "writer": "a writer's password"}
 
 
@@ -92,7 +94,7 @@ def give_roles(team: Team, patch: pytest.MonkeyPatch) -> None:
     access = get_app_client("basic-auth", tracking_uri=team.address)
     for user, permission in (("reader", "READ"), ("writer", "EDIT")):
         access.create_user(user, PASSWORDS[user])
-        role = access.create_role(user + "s", workspace="default")
+        role = access.create_role("default", user + "s")
         access.add_role_permission(role.id, "experiment", team.ids["open"], permission)
         access.assign_role(user, role.id)
 
