@@ -24,7 +24,7 @@ from tests.analysis import planted
     ],
 )
 def test_mixer_names(pattern: str, names: list[str]) -> None:
-    assert notes.mixer_names(pattern) == names
+    assert mixer_names(pattern) == names
 
 
 @pytest.mark.parametrize(
