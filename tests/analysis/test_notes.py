@@ -7,6 +7,7 @@ import pytest
 
 from analysis import notes
 from analysis.comparison import compare
+from analysis.patterns import mixer_names
 from analysis.runs import rows_from_records
 from tests.analysis import planted
 
