@@ -27,7 +27,8 @@ def active_parameters(subject: Subject) -> None:
         n_read = _rows_read_by_a_token(subject, mixer, trained[name])
         if n_read != n_declared:
             raise ContractError(
-                f"active_rows declares {n_declared:,} rows of {name!r}, a token reads {n_read:,} of {len(trained[name]):,}"
+                f"active_rows declares {n_declared:,} rows of {name!r}, a token reads {n_read:,} of "
+                f"{len(trained[name]):,}"
             )
     x = subject.tokens(mixer, 1, n_tokens_to_try(mixer))
     for name, parameter in trained.items():

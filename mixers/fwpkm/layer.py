@@ -198,7 +198,7 @@ class FastWeightPKM(Mixer):
         return {name: ParameterOptions(weight_decay=False) for name in ("keys", "values")}
 
     def active_rows(self) -> dict[str, int]:
-        """Of a learned initial table H k rows, at most all N. A frozen one is no parameter, and written ones are state."""
+        """Of a learned initial table H k rows, at most all N. A frozen one is no parameter, a written one is state."""
         c = self.config
         return {"values": min(c.n_heads * c.top_k, c.n_subkeys**2)} if c.initial_memory == "learned" else {}
 
