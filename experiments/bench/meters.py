@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from experiments.bench.layers import Bench, Measured
 from experiments.cost import TRAINING_FLOPS, cost_contexts
@@ -106,7 +106,7 @@ def _readable(measured: Measured) -> dict[str, Any]:
 
 
 def _counted(operation: Any, n_tokens: int) -> float:
-    with FlopCounterMode(display=False, custom_mapping=BAG_FLOPS | BAG_BACKWARD_FLOPS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=BAG_FLOPS | BACKWARD_FLOPS) as counter:
         operation()
     return counter.get_total_flops() / n_tokens
 
@@ -121,7 +121,14 @@ def _bag_weight_flops(d_out_shape: Any, table_shape: Any, index_shape: Any, *_: 
     return 2 * index_shape[0] * table_shape[1]
 
 
-BAG_BACKWARD_FLOPS = {
-    torch.ops.aten._embedding_bag_dense_backward: _bag_gradient_flops,
+def _conv_gradient_flops(d_out_shape: Any, x_shape: Any, w_shape: Any, *rest: Any, **_: Any) -> int:
+    """As many as the forward pass for each of input and weight; torch's own formula forgets groups at the weight."""
+    transposed, output_mask = rest[4], rest[7]
+    return conv_flop_count(x_shape, w_shape, d_out_shape, transposed=transposed) * sum(output_mask[:2])
+
+
+BACKWARD_FLOPS = {
+    torch.ops.aten.convolution_backward: _conv_gradient_flops,
+    torch.ops.aten._embedding_bag_backward: _bag_gradient_flops,
     torch.ops.aten._embedding_bag_per_sample_weights_backward: _bag_weight_flops,
 }
