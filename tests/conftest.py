@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.bench.untuned import take_the_first_configuration
+from mixers.kernels.untuned import take_the_first_configuration
 from tests.gpu_report import GpuReport
 
 

@@ -134,7 +134,7 @@ def start(settings: Settings) -> tuple[Report, list[Measured]]:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     if settings.untuned:
-        from experiments.bench.untuned import take_the_first_configuration
+        from mixers.kernels.untuned import take_the_first_configuration
 
         take_the_first_configuration()
     energy = Energy(settings.compute.device)
