@@ -24,7 +24,7 @@ QUICK = {"d_model": 64, "tokens": (64, 128, 256), "train_tokens": 128, "kernel_t
 @click.option("-o", "--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of all; repeatable.")
 @click.option("--d-model", type=int, help="D. [default: 256; on CUDA 1024]")
 @click.option(
-    "--tokens", type=int, multiple=True, help="T of prefill and decoding; repeatable. [default: 512 to 8192; on CUDA "
+    "--tokens", type=int, multiple=True, help="T of prefill and decoding; repeatable. [default: 512 to 4096; on CUDA "
     "512 to 131072]",
 )  # fmt: skip
 @click.option("--train-tokens", type=int, help="T of training. [default: 1024; on CUDA 4096]")
@@ -34,7 +34,7 @@ QUICK = {"d_model": 64, "tokens": (64, 128, 256), "train_tokens": 128, "kernel_t
     "--precision", type=click.Choice(["float32", "bf16"]), help="bf16: autocast. [default: float32; on CUDA bf16]"
 )
 @click.option("--repeats", type=int, help="Calls of each, interleaved; fewer for slow ones. [default: 5]")
-@click.option("--case-s", type=float, help="Seconds after which a case is not repeated. [default: 1]")
+@click.option("--case-s", type=float, help="Seconds after which a case is not repeated. [default: 0.5]")
 @click.option("--limit-s", type=float, help="Seconds after which no case is started: what is left is said.")
 @click.option("--threads", type=int, help="CPU threads. [default: torch's]")
 @click.option("--memory/--no-memory", default=None, help="On the CPU: peak memory, each in a process of its own.")

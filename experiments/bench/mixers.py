@@ -57,7 +57,7 @@ class Settings:
     kernel_tokens: int | None = None
     flop_tokens: int = 512
     repeats: int = 5
-    case_s: float = 1.0
+    case_s: float = 0.5
     limit_s: float | None = None
     threads: int | None = None
     memory: bool = True
@@ -75,7 +75,7 @@ class Settings:
         usual = {
             "precision": "bf16" if on_gpu else "float32",
             "d_model": 1024 if on_gpu else 256,
-            "tokens": (512, 2048, 8192, 32768, 131072) if on_gpu else (512, 1024, 2048, 4096, 8192),
+            "tokens": (512, 2048, 8192, 32768, 131072) if on_gpu else (512, 1024, 2048, 4096),
             "train_tokens": 4096 if on_gpu else 1024,
             "train_batch": 4 if on_gpu else 1,
             "kernel_tokens": 16384 if on_gpu else 2048,
