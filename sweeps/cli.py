@@ -12,6 +12,8 @@ from mixers.cli import json_option, load_plugins, plugin_option
 from sweeps.sync_cli import sync
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
     from sweeps.definition import SweepConfig
@@ -42,61 +44,85 @@ def plan_command(sweep_file: str, overrides: tuple[str, ...], as_json: bool, plu
         _print_plan(planned)
 
 
+def run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What a sweep file doesn't say: where and how its runs are executed and shown."""
+    options = (
+        click.argument("sweep_file", metavar="SWEEP"),
+        click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]..."),
+        click.option(
+            "--workers", "n_workers", type=int, metavar="N", help="Runs at a time; default: one per core, or per GPU."
+        ),
+        click.option("--gpus", metavar="0,1", help="GPUs to deal runs out to; default: all that are visible."),
+        click.option("--per-gpu", type=int, metavar="K", help="Runs at a time on each GPU; default: 1."),
+        click.option("--ray", metavar="auto|ADDRESS", help="Run on a Ray cluster; auto: the one here, else start one."),
+        click.option(
+            "--stall-after",
+            "stall_s",
+            type=float,
+            default=1800.0,
+            show_default=True,
+            metavar="SECONDS",
+            help="End a worker whose run reports nothing for so long, and try the run once more; 0: never.",
+        ),
+        click.option("--no-tracking", is_flag=True, help="Write the records only, nothing to MLflow."),
+        click.option("--quiet", is_flag=True, help="Print nothing but errors."),
+        click.option("--json", "as_json", is_flag=True, help="Print every event as one JSON line."),
+        runs_option,
+        store_option,
+        plugin_option,
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @sweep.command("run", epilog=OVERRIDES)
-@click.argument("sweep_file", metavar="SWEEP")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--workers", type=int, metavar="N", help="Runs at a time; default: one per core, or per GPU.")
-@click.option("--gpus", metavar="0,1", help="GPUs to deal runs out to; default: all that are visible.")
-@click.option("--per-gpu", type=int, metavar="K", help="Runs at a time on each GPU; default: 1.")
-@click.option(
-    "--stall-after",
-    type=float,
-    default=1800.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="End a worker whose run reports nothing for so long, and try the run once more; 0: never.",
-)
-@click.option("--retry-failed", is_flag=True, help="Run failed runs again; else they stand as results.")
-@click.option("--no-tracking", is_flag=True, help="Write the records only, nothing to MLflow.")
-@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-@click.option("--json", "as_json", is_flag=True, help="Print every event as one JSON line.")
-@runs_option
-@store_option
-@plugin_option
-def run_command(
+@run_options
+def run_command(sweep_file: str, overrides: tuple[str, ...], **options: Any) -> None:
+    """Run what is missing of SWEEP (a TOML file or a shipped name). Started again, it continues.
+
+    Exits with 0 when every run has its result, 1 when some failed, 130 after Ctrl-C.
+    """
+    _run(sweep_file, overrides, **options)
+
+
+@sweep.command("retry", epilog=OVERRIDES)
+@run_options
+@click.option("--failed", is_flag=True, help="Run those that failed again; a checkpoint they have is used.")
+def retry_command(sweep_file: str, overrides: tuple[str, ...], failed: bool, **options: Any) -> None:
+    """Run SWEEP as `mixlab sweep run` does, and runs that stand as failures once more.
+
+    What has diverged or was pruned stays: the same training would end the same.
+    """
+    if not failed:
+        raise click.UsageError("say which runs: --failed")
+    _run(sweep_file, overrides, retry_failed=True, **options)
+
+
+def _run(
     sweep_file: str,
     overrides: tuple[str, ...],
-    workers: int | None,
+    *,
     gpus: str | None,
-    per_gpu: int | None,
-    stall_after: float,
-    retry_failed: bool,
     no_tracking: bool,
     quiet: bool,
     as_json: bool,
     runs_dir: str | None,
     plugins: tuple[str, ...],
+    **options: Any,
 ) -> None:
-    """Run what is missing of SWEEP (a TOML file or a shipped name). Started again, it continues.
-
-    Exits with 0 when every run has its result, 1 when some failed, 130 after Ctrl-C.
-    """
     from experiments.paths import runs_root
     from sweeps.driver import run_sweep
     from sweeps.live import view_for
 
-    definition = _load(sweep_file, overrides, plugins)
     result = run_sweep(
-        definition,
+        _load(sweep_file, overrides, plugins),
         runs_root(runs_dir),
         view_for(as_json=as_json, quiet=quiet),
-        n_workers=workers,
         gpus=None if gpus is None else tuple(name.strip() for name in gpus.split(",")),
-        per_gpu=per_gpu,
-        stall_s=stall_after,
         plugins=plugins,
         tracked=not no_tracking,
-        retry_failed=retry_failed,
+        **options,
     )
     raise SystemExit(result.exit_code)
 

@@ -33,7 +33,6 @@ from sweeps.executor import (
     Executor,
     ExecutorEvent,
     Job,
-    LocalExecutor,
     Lost,
     Reported,
     Started,
@@ -41,10 +40,11 @@ from sweeps.executor import (
 from sweeps.live import View
 from sweeps.lock import driver_lock
 from sweeps.mirror import SweepMirror, open_store
+from sweeps.places import Wanted, place_for
 from sweeps.plan import Plan, PlannedRun, plan
 from sweeps.progress import ArmCellProgress
 from sweeps.pruning import ask_to_prune, forget_pruning
-from sweeps.resources import require_gpus, resources_for
+from sweeps.resources import require_gpus, require_sense
 from sweeps.saved import SavedSweep, write_saved
 from sweeps.tuning import Tuning, open_journal
 
@@ -101,6 +101,7 @@ def run_sweep(
     n_workers: int | None = None,
     gpus: tuple[str, ...] | None = None,
     per_gpu: int | None = None,
+    ray: str | None = None,
     stall_s: float = STALL_PATIENCE_S,
     plugins: tuple[str, ...] = (),
     tracked: bool = True,
@@ -117,7 +118,9 @@ def run_sweep(
     if not stall_s >= 0:
         raise UserError(f"--stall-after: seconds of silence, or 0 for no limit, got {stall_s:g}")
     planned = plan(sweep)
-    require_gpus(planned, n_workers, gpus, per_gpu)
+    require_sense(planned, n_workers, gpus, per_gpu, ray)
+    if ray is None:
+        require_gpus(gpus, per_gpu)
     folder = runs / sweep.name
     if tracked:
         open_store(runs)  # before anything else is created: a store that can't be used leaves no trace of the sweep
@@ -130,17 +133,12 @@ def run_sweep(
             _reopen(folder, "pruned")  # the end of a search that had a pruner, but no result of this one
         stop = StopSignals()
         driver = Driver(planned, runs, view, stop, mirror)
-        resources = resources_for(planned, n_workers, driver.n_missing, gpus, per_gpu)
-
-        def executor() -> Executor:
-            return LocalExecutor(
-                folder, resources.n_workers, resources.n_threads, plugins, resources.gpus, target, stall_s
-            )
-
-        with stop.installed(), view:
+        wanted = Wanted(n_workers, gpus, per_gpu, ray)
+        options = {"plugins": plugins, "target": target, "patience_s": stall_s}
+        with stop.installed(), place_for(planned, wanted, driver.n_missing, folder, **options) as place, view:
             if mirror is not None and mirror.problem:
                 view.show(Note(mirror.problem))
-            result = driver.run(executor, resources.n_workers)
+            result = driver.run(place.executor, place.n_workers)
         # A lost driver's last workers may have written their records, and had no time to mirror them.
         is_behind = mirror is not None and (was_lost or bool(driver.attempts) or mirror.is_behind())
         if is_behind and not result.interrupted and (problem := mirror.catch_up()):

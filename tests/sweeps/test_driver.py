@@ -10,7 +10,7 @@ import torch
 
 from experiments.errors import UserError
 from experiments.records import n_attempts, read_outcome, read_sweep_runs
-from sweeps.executor import memory_kills
+from sweeps.local_executor import memory_kills
 from sweeps.lock import driver_lock, driver_runs
 from sweeps.plan import plan
 from sweeps.saved import read_saved
@@ -20,7 +20,7 @@ from tests.sweeps.helpers import completions, drive, tiny, tuned
 @pytest.fixture
 def behave(monkeypatch):
     def set_behaviour(**behaviour):
-        monkeypatch.setenv("FAKE_TARGET", json.dumps(behaviour))
+        monkeypatch.setenv("MIXLAB_FAKE_TARGET", json.dumps(behaviour))
 
     set_behaviour()
     return set_behaviour
