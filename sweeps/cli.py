@@ -163,6 +163,55 @@ def cancel_command(sweep_file: str, wait: float, runs_dir: str | None) -> None:
     click.echo(f"sweep {name}: process {process} has ended; mixlab sweep run goes on with it")
 
 
+@sweep.command("bench")
+@click.argument("parts", nargs=-1, metavar="[PART]...")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Of `workers`.")
+@click.option("--workers", type=int, metavar="N", help="Compared with one; on CUDA on one GPU. [default: 2; CUDA: 8]")
+@click.option("--steps", type=int, metavar="N", help="Of a training. [default: 350; on CUDA: 2000]")
+@click.option("--trials", type=int, default=1000, show_default=True, help="Of `engine`; a tenth of them for `ray`.")
+@click.option("--planned", type=int, default=10_000, show_default=True, help="Runs of `plan`.")
+@json_option
+def bench_command(
+    parts: tuple[str, ...],
+    device: str,
+    workers: int | None,
+    steps: int | None,
+    trials: int,
+    planned: int,
+    as_json: bool,
+) -> None:
+    """Measure what sweeping itself costs here: PARTs plan, engine, ray, logging, workers; all but ray by default.
+
+    With --device cuda, `workers` alone. Exits with 1 when a goal is missed.
+    """
+    from sweeps.bench import PARTS, Size, measure
+
+    is_cuda = device == "cuda"
+    parts = parts or (("workers",) if is_cuda else tuple(part for part in PARTS if part != "ray"))
+    for part in parts:
+        if part not in PARTS:
+            raise click.UsageError(f"no part {part!r}; there are {', '.join(PARTS)}")
+    size = Size(
+        n_planned=planned,
+        n_trials=trials,
+        n_ray_trials=max(100, trials // 10),
+        n_steps=steps or (2000 if is_cuda else 350),
+        many=workers or (8 if is_cuda else 2),
+        device=device,
+    )
+    rows = []
+    for row in measure(parts, size, lambda text: click.echo(text, err=True)):
+        rows.append(row)
+        if not as_json:
+            verdict = "" if row.ok is None else "reached" if row.ok else "MISSED"
+            click.echo(f"{row.part:8} {row.what:70} {row.value:10.4g} {row.unit:4} {row.goal:26} {verdict}".rstrip())
+    if as_json:
+        from dataclasses import asdict
+
+        click.echo(json.dumps([asdict(row) for row in rows], indent=1))
+    raise SystemExit(1 if any(row.ok is False for row in rows) else 0)
+
+
 def _load(sweep_file: str, overrides: tuple[str, ...], plugins: tuple[str, ...]) -> SweepConfig:
     from mixers.config import parse_overrides
     from sweeps.definition import load_sweep

@@ -17,6 +17,7 @@ from experiments.records import (
     OUT_OF_MEMORY,
     RunOutcome,
     clear_temporaries,
+    read_json,
     read_outcome,
     read_run,
     run_folder,
@@ -131,6 +132,7 @@ def run_sweep(
             _reopen(folder, "failed")
         if sweep.search.pruner == "none":
             _reopen(folder, "pruned")  # the end of a search that had a pruner, but no result of this one
+        edited = edited_since(folder, planned.code)
         stop = StopSignals()
         driver = Driver(planned, runs, view, stop, mirror)
         wanted = Wanted(n_workers, gpus, per_gpu, ray)
@@ -138,6 +140,10 @@ def run_sweep(
         with stop.installed(), place_for(planned, wanted, driver.n_missing, folder, **options) as place, view:
             if mirror is not None and mirror.problem:
                 view.show(Note(mirror.problem))
+            if edited:
+                view.show(
+                    Note(f"edited since the last start: {', '.join(edited)}; runs that depend on it are run again")
+                )
             result = driver.run(place.executor, place.n_workers)
         # A lost driver's last workers may have written their records, and had no time to mirror them.
         is_behind = mirror is not None and (was_lost or bool(driver.attempts) or mirror.is_behind())
@@ -230,6 +236,7 @@ class Driver:
             runs=[run for arm_cell in self.arm_cells for run in arm_cell.saved_runs()],
             chosen={name: choice for name, choice in choices.items() if choice is not None},
             match=self.plan.match_json(),
+            code=self.plan.code,
         )
         write_saved(self.runs, saved)
 
@@ -430,6 +437,13 @@ def tidy(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir():
             tidy_run(path)
+
+
+def edited_since(folder: Path, code: dict[str, str]) -> list[str]:
+    """Files whose code runs on record depend on, and that say something else now."""
+    saved = read_json(folder / "sweep.json")
+    before = saved.get("code", {}) if isinstance(saved, dict) else {}
+    return sorted(name for name in before.keys() & code.keys() if before[name] != code[name])
 
 
 def _reopen(folder: Path, ended: str) -> None:

@@ -361,5 +361,5 @@ def _digest(arm_cell: ArmCell) -> str:
         sweep.metric.model_dump(),
         arm_cell.n_trials,
     ]
-    text = json.dumps([*parts, spaces, arm_cell.values], sort_keys=True, default=str)
+    text = json.dumps([*parts, spaces, arm_cell.values, arm_cell.code], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -178,7 +178,7 @@ def run_job(
         try:
             config = ExperimentConfig.parse(job["config"], f"job {identity.key}")
             if config.key() != identity.key:
-                raise UserError("the code of a mixer has changed since the sweep was started; start it again")
+                raise UserError("the code here is not that of the driver when it was started; start the sweep again")
             tracking = _tracking(job["tracking"])
             with interrupt.around_training():
                 target(config, identity, runs, tracking=tracking, on_progress=on_progress)
