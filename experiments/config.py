@@ -143,11 +143,11 @@ class ExperimentConfig(StrictModel):
 
         return run_code(self.model.pattern, type(self.task).__module__)
 
-    def key(self) -> str:
+    def key(self, code: dict[str, str] | None = None) -> str:
         """The run's key: a hash of the full resolved config, of the results version, which stands for the code of a
-        release, and of the code that is not as released."""
+        release, and of the code that is not as released. To read that takes torch; ``code`` is what it would say."""
         identity = {"results_version": RESULTS_VERSION, "config": self.resolved()}
-        if code := self.code():
+        if code := self.code() if code is None else code:
             identity["code"] = code
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -37,7 +37,8 @@ def plan_command(sweep_file: str, overrides: tuple[str, ...], as_json: bool, plu
     """Check SWEEP (a TOML file or a shipped name) and print what it would run. Creates nothing."""
     from sweeps.plan import plan
 
-    planned = plan(_load(sweep_file, overrides, plugins))
+    load_plugins(plugins)
+    planned = plan(_load(sweep_file, overrides))
     if as_json:
         click.echo(json.dumps(_plan_json(planned), indent=1))
     else:
@@ -116,7 +117,7 @@ def _run(
     from sweeps.live import view_for
 
     result = run_sweep(
-        _load(sweep_file, overrides, plugins),
+        _load(sweep_file, overrides),
         runs_root(runs_dir),
         view_for(as_json=as_json, quiet=quiet),
         gpus=None if gpus is None else tuple(name.strip() for name in gpus.split(",")),
@@ -212,11 +213,10 @@ def bench_command(
     raise SystemExit(1 if any(row.ok is False for row in rows) else 0)
 
 
-def _load(sweep_file: str, overrides: tuple[str, ...], plugins: tuple[str, ...]) -> SweepConfig:
+def _load(sweep_file: str, overrides: tuple[str, ...]) -> SweepConfig:
     from mixers.config import parse_overrides
     from sweeps.definition import load_sweep
 
-    load_plugins(plugins)
     return load_sweep(sweep_file, parse_overrides(overrides))
 
 

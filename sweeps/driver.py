@@ -42,7 +42,8 @@ from sweeps.live import View
 from sweeps.lock import driver_lock
 from sweeps.mirror import SweepMirror, open_store
 from sweeps.places import Wanted, place_for
-from sweeps.plan import Plan, PlannedRun, plan
+from sweeps.plan import Plan, PlannedRun
+from sweeps.planning import planned
 from sweeps.progress import ArmCellProgress
 from sweeps.pruning import ask_to_prune, forget_pruning
 from sweeps.resources import require_gpus, require_sense
@@ -118,26 +119,26 @@ def run_sweep(
             raise UserError(f"{option}: at least 1 is needed, got {value}")
     if not stall_s >= 0:
         raise UserError(f"--stall-after: seconds of silence, or 0 for no limit, got {stall_s:g}")
-    planned = plan(sweep)
-    require_sense(planned, n_workers, gpus, per_gpu, ray)
+    found = planned(sweep, plugins)
+    require_sense(found.plan, n_workers, gpus, per_gpu, ray)
     if ray is None:
-        require_gpus(gpus, per_gpu)
+        require_gpus(gpus, per_gpu, found.gpus)
     folder = runs / sweep.name
     if tracked:
         open_store(runs)  # before anything else is created: a store that can't be used leaves no trace of the sweep
     with driver_lock(folder) as was_lost:
         tidy(folder)
-        mirror = SweepMirror.prepare(planned, runs) if tracked else None
+        mirror = SweepMirror.prepare(found.plan, runs) if tracked else None
         if retry_failed:
             _reopen(folder, "failed")
         if sweep.search.pruner == "none":
             _reopen(folder, "pruned")  # the end of a search that had a pruner, but no result of this one
-        edited = edited_since(folder, planned.code)
+        edited = edited_since(folder, found.plan.code)
         stop = StopSignals()
-        driver = Driver(planned, runs, view, stop, mirror)
+        driver = Driver(found.plan, runs, view, stop, mirror)
         wanted = Wanted(n_workers, gpus, per_gpu, ray)
         options = {"plugins": plugins, "target": target, "patience_s": stall_s}
-        with stop.installed(), place_for(planned, wanted, driver.n_missing, folder, **options) as place, view:
+        with stop.installed(), place_for(found, wanted, driver.n_missing, folder, **options) as place, view:
             if mirror is not None and mirror.problem:
                 view.show(Note(mirror.problem))
             if edited:

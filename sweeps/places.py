@@ -10,7 +10,7 @@ from typing import Any
 
 from sweeps.executor import Executor
 from sweeps.local_executor import LocalExecutor
-from sweeps.plan import Plan
+from sweeps.planning import Planned
 from sweeps.resources import ray_share, resources_for
 
 
@@ -33,18 +33,19 @@ class Place:
 
 
 @contextmanager
-def place_for(plan: Plan, wanted: Wanted, n_runs: int, folder: Path, **options: Any) -> Iterator[Place]:
+def place_for(planned: Planned, wanted: Wanted, n_runs: int, folder: Path, **options: Any) -> Iterator[Place]:
     """Open as long as the sweep runs. ``n_runs`` are missing: without any, nothing is started.
 
     ``options``: ``plugins``, ``target`` and ``patience_s`` of the executor.
     """
     if wanted.ray is None or n_runs == 0:
-        resources = resources_for(plan, wanted.n_workers, n_runs, wanted.gpus, wanted.per_gpu)
+        gpus = planned.gpus if wanted.gpus is None else wanted.gpus
+        resources = resources_for(planned.plan, wanted.n_workers, n_runs, gpus, wanted.per_gpu)
         sizes = {"count": resources.n_workers, "n_threads": resources.n_threads, "gpus": resources.gpus}
         yield Place(resources.n_workers, lambda: LocalExecutor(folder, **sizes, **options))
         return
     from sweeps.ray_executor import RayExecutor, connected
 
     with connected(wanted.ray) as machines:
-        share = ray_share(plan, machines, wanted.n_workers, n_runs, wanted.per_gpu)
+        share = ray_share(planned.plan, machines, wanted.n_workers, n_runs, wanted.per_gpu)
         yield Place(share.n_workers, lambda: RayExecutor(folder, share, **options))

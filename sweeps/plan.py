@@ -74,7 +74,10 @@ class ArmCell:
 
     @functools.cached_property
     def code(self) -> dict[str, str]:
-        """The code that decides its runs' results, beyond what the release stands for."""
+        """The code that decides its runs' results, beyond what the release stands for.
+
+        The same for all of them: neither pattern nor task can be tuned.
+        """
         settings = self.trial_settings[0] if self.trial_settings else _corners(self.sweep)[0]
         return self._config(settings, TUNING_SEED).code()
 
@@ -89,7 +92,7 @@ class ArmCell:
     def _run(self, settings: dict[str, Any], seed: int, trial: int | None) -> PlannedRun:
         config = self._config(settings, seed)
         identity = RunIdentity(
-            key=config.key(),
+            key=config.key(self.code),
             sweep=self.sweep.name,
             arm=self.arm,
             cell=self.cell,
@@ -131,6 +134,11 @@ class Plan:
             return {}
         held = {arm_cell.name: arm_cell.matched.to_json() for arm_cell in self.arm_cells if arm_cell.matched}
         return {**self.sweep.match.model_dump(), "reached": held}
+
+    @property
+    def devices(self) -> set[str]:
+        """What ``train.device`` says in its runs."""
+        return {arm_cell.values["train"].get("device", "auto") for arm_cell in self.arm_cells}
 
     @property
     def code(self) -> dict[str, str]:

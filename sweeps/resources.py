@@ -33,20 +33,14 @@ class RayShare:
 
 
 def resources_for(
-    plan: Plan,
-    n_workers: int | None,
-    n_runs: int,
-    gpus: tuple[str, ...] | None = None,
-    per_gpu: int | None = None,
+    plan: Plan, n_workers: int | None, n_runs: int, gpus: tuple[str, ...] = (), per_gpu: int | None = None
 ) -> Resources:
     """Default: a worker per core, or ``per_gpu`` (1) per GPU where runs go to GPUs; never more than there are runs.
 
-    ``gpus``: those to use, None for all that are visible. Several workers share a GPU when ``per_gpu`` or
+    ``gpus``: those to use. Several workers share a GPU when ``per_gpu`` or
     ``n_workers`` says so. Runs that name their GPU (``cuda:1``) find all of them.
     """
-    devices = _devices(plan)
-    if gpus is None:
-        gpus = () if devices == {"cpu"} else _visible_gpus()
+    devices = plan.devices
     wanted = n_workers or len(gpus) * (per_gpu or 1) or n_cores()
     n_workers = max(1, min(wanted, n_runs))
     named = any(device.startswith("cuda:") for device in devices)
@@ -61,7 +55,7 @@ def ray_share(
     ``machines``: the resources of each, as Ray names them. CPUs are dealt out evenly, in whole ones where there are
     enough. :class:`UserError` where GPUs are asked for that the cluster doesn't have.
     """
-    devices = _devices(plan)
+    devices = plan.devices
     named = sorted(device for device in devices if device.startswith("cuda:"))
     if named:
         raise UserError(
@@ -89,12 +83,11 @@ def _cpus_for(cpus: list[int], n_workers: int) -> float:
     return math.floor(1e4 * sum(cpus) / n_workers) / 1e4
 
 
-def require_gpus(gpus: tuple[str, ...] | None, per_gpu: int | None) -> None:
+def require_gpus(gpus: tuple[str, ...] | None, per_gpu: int | None, visible: tuple[str, ...]) -> None:
     """:class:`UserError` where GPUs of this machine are asked for that aren't there."""
     if gpus is None and per_gpu is None:
         return
     option = "--gpus" if gpus is not None else "--per-gpu"
-    visible = _visible_gpus()
     if not visible:
         raise UserError(f"{option}: this machine has no usable CUDA device; mixlab doctor says why")
     unknown = [name for name in gpus or () if name not in visible]
@@ -113,13 +106,9 @@ def require_sense(
     if gpus is None and per_gpu is None:
         return
     option = "--gpus" if gpus is not None else "--per-gpu"
-    fixed = sorted(device for device in _devices(plan) if device == "cpu" or device.startswith("cuda:"))
+    fixed = sorted(device for device in plan.devices if device == "cpu" or device.startswith("cuda:"))
     if fixed:
         raise UserError(f"{option}: runs of this sweep have train.device={fixed[0]!r}; set it to 'auto' or 'cuda'")
-
-
-def _devices(plan: Plan) -> set[str]:
-    return {arm_cell.values["train"].get("device", "auto") for arm_cell in plan.arm_cells}
 
 
 def n_cores() -> int:
@@ -127,7 +116,7 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _visible_gpus() -> tuple[str, ...]:
+def visible_gpus() -> tuple[str, ...]:
     """Names of the GPUs as CUDA_VISIBLE_DEVICES takes them."""
     import torch  # counting does not create a context on them
 

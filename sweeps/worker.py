@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import faulthandler
 import importlib
 import json
@@ -17,7 +16,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -41,6 +39,7 @@ from experiments.records import (
     write_outcome,
 )
 from mixers.cli import load_plugins
+from sweeps.die_with import die_with
 from sweeps.executor import TARGET
 from sweeps.pruning import prune_reason
 
@@ -49,7 +48,6 @@ MAX_EVENT_BYTES = 4000
 PROGRESS_EVERY_S = 0.25
 # A training looks for an interrupt after every step. One whose step takes longer than this is interrupted within it.
 STEP_PATIENCE_S = 1.5
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -195,22 +193,6 @@ def run_job(
 def load_target(text: str) -> Callable[..., RunOutcome]:
     module, _, name = text.partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-def die_with(driver: int) -> None:
-    """End this process when the driver ends, however it does: it would write to folders that a next driver owns."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    else:
-        threading.Thread(target=_watch, args=(driver,), daemon=True).start()
-    if os.getppid() != driver:
-        os._exit(1)
-
-
-def _watch(driver: int) -> None:
-    while os.getppid() == driver:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 @contextlib.contextmanager
