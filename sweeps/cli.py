@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sweeps.plan import Plan
     from sweeps.status import SweepStatus
 
+SORTS = ("begun", "arm", "cell", "best", "mean")  # as in sweeps.live, which imports rich
 OVERRIDES = "Overrides are keys of the sweep file: seeds=[0,1], budget.max_steps=50, base.train.batch_size=16."
 
 
@@ -66,6 +67,9 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
             help="End a worker whose run reports nothing for so long, and try the run once more; 0: never.",
         ),
         click.option("--no-tracking", is_flag=True, help="Write the records only, nothing to MLflow."),
+        click.option(
+            "--sort", type=click.Choice(SORTS), default=SORTS[0], help="The live table's order; the key s: next."
+        ),
         click.option("--quiet", is_flag=True, help="Print nothing but errors."),
         click.option("--json", "as_json", is_flag=True, help="Print every event as one JSON line."),
         runs_option,
@@ -106,6 +110,7 @@ def _run(
     *,
     gpus: str | None,
     no_tracking: bool,
+    sort: str,
     quiet: bool,
     as_json: bool,
     runs_dir: str | None,
@@ -119,7 +124,7 @@ def _run(
     result = run_sweep(
         _load(sweep_file, overrides),
         runs_root(runs_dir),
-        view_for(as_json=as_json, quiet=quiet),
+        view_for(as_json=as_json, quiet=quiet, sort=sort),
         gpus=None if gpus is None else tuple(name.strip() for name in gpus.split(",")),
         plugins=plugins,
         tracked=not no_tracking,

@@ -19,7 +19,6 @@ from sweeps.saved import read_saved
 from tests.sweeps.fake_target import TARGET
 from tests.sweeps.helpers import TOP, completions, drive, tiny, tuned, write_sweep
 
-
 PLUGIN = """
 import sys
 from mixers.registry import register
