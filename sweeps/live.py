@@ -115,7 +115,7 @@ class LiveView(View):
     _drawn_at: float = -math.inf
 
     def __enter__(self) -> Self:
-        self._live = Live(console=self.console, auto_refresh=False, transient=False)
+        self._live = Live(console=self.console, auto_refresh=False, transient=False, redirect_stdout=False)
         self._live.start()
         self._keys.__enter__()
         return self

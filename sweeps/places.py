@@ -46,6 +46,6 @@ def place_for(planned: Planned, wanted: Wanted, n_runs: int, folder: Path, **opt
         return
     from sweeps.ray_executor import RayExecutor, connected
 
-    with connected(wanted.ray) as machines:
+    with connected(wanted.ray, folder / ".ray.log") as machines:
         share = ray_share(planned.plan, machines, wanted.n_workers, n_runs, wanted.per_gpu)
         yield Place(share.n_workers, lambda: RayExecutor(folder, share, **options))

@@ -11,6 +11,8 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -223,25 +225,47 @@ def carried_environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def connected(address: str) -> Iterator[list[dict[str, float]]]:
+def connected(address: str, log: Path) -> Iterator[list[dict[str, float]]]:
     """Ray for as long as it lasts; gives the resources of each machine of the cluster.
 
     ``auto``: the cluster that RAY_ADDRESS or an earlier ``ray start`` on this machine names, else one of this machine
-    alone, which ends with this process. One that this process uses already stays.
+    alone, which ends with this process. One that this process uses already stays. What Ray has to say goes to ``log``:
+    it prints about every lost process, in the middle of whatever this one prints.
     """
     try:
         import ray
     except ImportError:
         raise UserError("--ray: Ray is not installed; pip install 'mixlab[ray]'") from None
 
-    if ray.is_initialized():
-        yield _machines(ray)
-        return
+    with open(log, "a", encoding="utf-8") as said, contextlib.redirect_stdout(said):
+        if ray.is_initialized():
+            yield _machines(ray)
+            return
+        session = _connect(ray, address)
+        reaper = _reaper(session) if session else None
+        try:
+            yield _machines(ray)
+        finally:
+            ray.shutdown()
+            if reaper is not None:
+                reaper.stdin.close()
+                reaper.wait()
+
+
+def _reaper(session: str) -> subprocess.Popen[bytes]:
+    top = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-P", "-S", "-m", "sweeps.ray_reaper", str(os.getpid()), session]
+    environment = {**os.environ, "PYTHONPATH": str(top)}
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
+
+
+def _connect(ray: Any, address: str) -> str:
+    """Connect; return the session's folder where this has started a Ray of its own, else nothing."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray takes over how this process answers SIGTERM, which is for the driver to say.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ray.init(
+        context = ray.init(
             address=None if address == AUTO else address,
             include_dashboard=False,
             log_to_driver=False,
@@ -252,10 +276,8 @@ def connected(address: str) -> Iterator[list[dict[str, float]]]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    try:
-        yield _machines(ray)
-    finally:
-        ray.shutdown()
+    session = str(getattr(context, "address_info", {}).get("session_dir", ""))
+    return session if session.endswith(f"_{os.getpid()}") else ""  # its name ends with the process that started it
 
 
 def _machines(ray: Any) -> list[dict[str, float]]:
