@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from experiments.cli import runs_option
-from experiments.errors import UserError
+from experiments.errors import UserError, nearest
 from experiments.paths import runs_root, tracking_uri
 
 
@@ -19,6 +19,7 @@ from experiments.paths import runs_root, tracking_uri
 @click.option("--json", "as_json", is_flag=True, help="Print a list, one object per arm and cell, and nothing else.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page that works by itself.")
 @click.option("--png", type=click.Path(path_type=Path), help="Write a figure for a paper.")
+@click.option("--baseline", metavar="ARM", default=None, help="Arm to compare each other with.  [default: all pairs]")
 @runs_option
 @click.option("--all-metrics", is_flag=True, help="Also list every report and select metric.")
 def compare(
@@ -28,6 +29,7 @@ def compare(
     as_json: bool,
     html: Path | None,
     png: Path | None,
+    baseline: str | None,
     runs_dir: str | None,
     all_metrics: bool,
 ) -> None:
@@ -38,38 +40,39 @@ def compare(
     from rich.console import Console
 
     from analysis import comparison
+    from analysis.findings import findings, json_lines
+    from analysis.findings_table import print_findings
     from analysis.notes import arm_notes, held_equal
     from analysis.runs import replicates, rows_from_records
-    from analysis.table import print_comparison
+    from analysis.table import print_comparison, print_notes
 
     saved, rows = rows_from_records(runs_root(runs_dir), sweep_name(sweep))
     y = y or saved.metric["report"]
     lines = comparison.compare(saved, rows, x, y)
     comparison.check_axis("--x", x, saved, lines)
     comparison.check_axis("--y", y, saved, lines)
+    if baseline is not None and baseline not in saved.arms:
+        raise UserError(f"--baseline {baseline!r}: sweep {saved.name!r} has no such arm{nearest(baseline, saved.arms)}")
+    found = findings(saved, rows, lines, x=x, y=y, baseline=baseline)
     if html is not None:
         from analysis.page import report_page
         from analysis.payload import payload
 
-        _write(html, "--html", report_page(payload(saved, rows, lines, x=x, y=y)).encode())
+        values = payload(saved, rows, lines, found)
+        _write(html, "--html", report_page(values).encode())
     if png is not None:
         from analysis.figures import comparison_png
 
         chance = comparison.chance_accuracy(rows)
         _write(png, "--png", comparison_png(saved, lines, x=x, y=y, chance=chance))
     if as_json:
-        click.echo(json.dumps(comparison.as_json(lines), indent=1, allow_nan=False))
+        click.echo(json.dumps(json_lines(lines, found), indent=1, allow_nan=False))
     else:
-        print_comparison(
-            Console(),
-            saved,
-            lines,
-            [held_equal(saved, replicates(rows), lines), *arm_notes(saved, rows)],
-            x=x,
-            y=y,
-            all_metrics=all_metrics,
-            chance=comparison.chance_accuracy(rows),
-        )
+        console = Console()
+        chance = comparison.chance_accuracy(rows)
+        print_comparison(console, saved, lines, x=x, y=y, all_metrics=all_metrics, chance=chance)
+        print_findings(console, saved, lines, found)
+        print_notes(console, [held_equal(saved, replicates(rows), lines), *arm_notes(saved, rows)])
     for path in (html, png):
         if path is not None:
             click.echo(f"wrote {path}", err=True)

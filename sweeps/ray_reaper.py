@@ -1,4 +1,4 @@
-"""``python -m sweeps.ray_reaper DRIVER SESSION``: ends what is left of a Ray that a driver has started, when the driver ends.
+"""``python -m sweeps.ray_reaper DRIVER SESSION``: ends what is left of a Ray when the driver that started it ends.
 
 Ray's servers die with a driver that is killed; its agents (2.60) wait for the end of a pipe that each keeps open for
 the other, and stay for ever. Waits for the end of stdin, of which only the driver has the other end.

@@ -49,8 +49,9 @@ mixlab.drawDetails = function (section, shown, arm, cell) {
       ...axes.map((axis) => e("td", {}, mixlab.human(mixlab.valueOfRun(run, axis.name), axis.unit))));
   });
   const head = e("tr", {}, e("th", {}, "run"), e("th", { class: "words" }, "outcome"), ...axes.map((axis) => e("th", {}, axis.name)));
-  const names = [...new Set(runs.flatMap((run) => Object.keys(run.settings)))].sort();
-  const settings = names.map((name) => e("li", {}, `${name} = ${[...new Set(runs.map((run) => String(run.settings[name])))].join(", ")}`));
+  const settingsOf = (run) => ({ ...data.shared_settings, ...run.settings });
+  const names = [...new Set(runs.flatMap((run) => Object.keys(settingsOf(run))))].sort();
+  const settings = names.map((name) => e("li", {}, `${name} = ${[...new Set(runs.map((run) => String(settingsOf(run)[name])))].join(", ")}`));
   section.replaceChildren(
     e("h3", {}, `${arm}, ${cell}`),
     e("p", { class: "quiet" }, comparison.pattern),
