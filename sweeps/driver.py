@@ -301,7 +301,7 @@ class Driver:
     def _end(self, run: PlannedRun, arm_cell: ArmCellProgress, event: Ended | Lost) -> None:
         if isinstance(event, Ended) and event.halt:
             name = run.identity.sweep
-            raise UserError(f"sweep {name}: {event.halt}; free some space and start it again: it goes on")
+            raise UserError(f"sweep {name}: {event.halt}")
         del self.running[run.key]
         if self.mirror is not None and (behind := self.mirror.ended(run)):
             self.view.show(Note(behind))

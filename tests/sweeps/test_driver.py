@@ -313,6 +313,16 @@ def test_workers_load_the_plugins(tmp_path, behave):
         drive(tiny(tmp_path), tmp_path / "runs", plugins=(str(plugin),))
 
 
+def test_code_that_is_edited_while_the_sweep_runs_ends_it_and_spoils_no_record(tmp_path, behave):
+    plugin = tmp_path / "plugin.py"
+    edits_itself = PLUGIN.replace("raise RuntimeError(", "open(__file__, 'a').write('X = 1\\n') or print(")
+    plugin.write_text(edits_itself, encoding="utf-8")
+    sweep = tiny(tmp_path, arms__wide__mixer="of_the_plugin", seeds=[0])
+    with pytest.raises(UserError, match="sweep tiny: its code has been edited since it was started, or is another on"):
+        drive(sweep, tmp_path / "runs", plugins=(str(plugin),), n_workers=1)
+    assert [run.identity.arm for run in read_sweep_runs(tmp_path / "runs", "tiny")] == ["narrow"]
+
+
 def test_zero_workers(tmp_path, behave):
     with pytest.raises(UserError, match="--workers: at least 1 is needed, got 0"):
         drive(tiny(tmp_path), tmp_path / "runs", n_workers=0)
