@@ -61,6 +61,15 @@ class Clock(View):
             self.taken.ends_s.append(now)
 
 
+def peak_bytes() -> int:
+    """The largest memory of this program; ``ru_maxrss`` counts that of its parent before it was started."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def main() -> None:
     options = json.loads(sys.argv[1])
     clock = Clock()
@@ -68,7 +77,7 @@ def main() -> None:
     result = run_sweep(sweep, Path(options.pop("runs")), clock, **options)
     taken = clock.taken
     taken.wall_s, taken.outcomes = time.monotonic() - clock.begun, result.outcomes
-    taken.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    taken.peak_bytes = peak_bytes()
     print(json.dumps(asdict(taken)), flush=True)
 
 
