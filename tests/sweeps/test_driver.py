@@ -316,8 +316,8 @@ def test_workers_load_the_plugins(tmp_path, behave):
 def test_code_that_is_edited_while_the_sweep_runs_ends_it_and_spoils_no_record(tmp_path, behave):
     plugin = tmp_path / "plugin.py"
     edits_itself = PLUGIN.replace("raise RuntimeError(", "open(__file__, 'a').write('X = 1\\n') or print(")
-    plugin.write_text(edits_itself, encoding="utf-8")
-    sweep = tiny(tmp_path, arms__wide__mixer="of_the_plugin", seeds=[0])
+    plugin.write_text(edits_itself.replace("of_the_plugin", "edits_itself"), encoding="utf-8")
+    sweep = tiny(tmp_path, arms__wide__mixer="edits_itself", seeds=[0])
     with pytest.raises(UserError, match="sweep tiny: its code has been edited since it was started, or is another on"):
         drive(sweep, tmp_path / "runs", plugins=(str(plugin),), n_workers=1)
     assert [run.identity.arm for run in read_sweep_runs(tmp_path / "runs", "tiny")] == ["narrow"]
