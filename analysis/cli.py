@@ -104,11 +104,29 @@ def _write(path: Path, option: str, content: bytes) -> None:
 @runs_option
 @click.option("--store", default=None, help="Tracking store.  [default: $MLFLOW_TRACKING_URI or RUNS/mlflow.db]")
 @click.option("--static-prefix", default="", help="Path under which a proxy serves this, for example /mixlab.")
-@click.option("--allow-public", is_flag=True, help="Listen on an address that others can reach. There is no login.")
+@click.option("--auth", is_flag=True, help="Ask for a login; users see what they may read. See docs/team-server.md.")
+@click.option(
+    "--auth-store", default="", envvar="MIXLAB_AUTH_STORE", help="Database of users and roles.  [default: RUNS/auth.db]"
+)
+@click.option("--allowed-hosts", default="", help="Names by which browsers may call this, separated by commas.")
+@click.option(
+    "--artifacts", default="", help="URI of the files of runs, for example s3://...  [default: RUNS/artifacts]"
+)
+@click.option("--allow-public", is_flag=True, help="Without a login, listen where others can reach it.")
 def dashboard(
-    host: str, port: int, runs_dir: str | None, store: str | None, static_prefix: str, allow_public: bool
+    host: str,
+    port: int,
+    runs_dir: str | None,
+    store: str | None,
+    static_prefix: str,
+    auth: bool,
+    auth_store: str,
+    allowed_hosts: str,
+    artifacts: str,
+    allow_public: bool,
 ) -> None:
-    """Serve MLflow's pages and the comparison page (/compare) until Ctrl-C."""
+    """Serve MLflow's pages with ours beside them (/sweeps, /compare, /mixers) until Ctrl-C."""
+    from analysis.dashboard.login import Login
     from analysis.dashboard.server import serve
 
     root = runs_root(runs_dir)
@@ -119,6 +137,9 @@ def dashboard(
         port=port,
         static_prefix=static_prefix,
         allow_public=allow_public,
+        allowed_hosts=allowed_hosts,
+        artifacts=artifacts,
+        login=Login(auth_store or f"sqlite:///{root.resolve() / 'auth.db'}") if auth else None,
         say=click.echo,
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from analysis.comparison import compare
-from analysis.page import dashboard_page, report_page, script_json
+from analysis.page import report_page, script_json
 from analysis.payload import payload
 from analysis.runs import rows_from_records
 from tests.analysis import planted
@@ -34,16 +34,6 @@ def test_no_text_ends_its_script_element(name: str) -> None:
 def test_data_with_nan_is_our_bug() -> None:
     with pytest.raises(ValueError, match="Out of range"):
         script_json(float("nan"))
-
-
-def test_the_served_page_names_relative_addresses_only() -> None:
-    page = dashboard_page()
-    assert 'src="compare/plotly.js' in page
-    assert "@" not in page
-    assert "http:" not in page
-    assert "https:" not in page
-    assert 'src="/' not in page
-    assert 'href="/' not in page
 
 
 def test_hover_tells_the_settings_in_which_runs_differ(tmp_path: Path) -> None:
