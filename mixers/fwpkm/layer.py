@@ -199,6 +199,11 @@ class FastWeightPKM(Mixer):
             return {}
         return {name: ParameterOptions(weight_decay=False) for name in ("keys", "values")}
 
+    def active_rows(self) -> dict[str, int]:
+        """Of a learned initial table H k rows, at most all N. A frozen one is no parameter, a written one is state."""
+        c = self.config
+        return {"values": min(c.n_heads * c.top_k, c.n_subkeys**2)} if c.initial_memory == "learned" else {}
+
     def initial_state(self, batch_size: int, *, device: torch.device | str, dtype: torch.dtype) -> FastWeightState:
         """The initial memory for everyone and an empty queue. The memory never is narrower than float32."""
         return self._start(batch_size, device, dtype, outlives_call=True)
