@@ -57,6 +57,9 @@ def test_a_report_opens_from_a_file_with_nothing_else(tmp_path: Path, watched: W
     watched.page.reload()
     watched.page.wait_for_selector("#plot .points path", state="attached")
     assert watched.page.input_value("#x") == "cost/params"
+    # accuracy over pairs and state over length; nothing was tuned, and no metric is reported by position
+    assert watched.page.locator("#figures h3").count() == 2
+    assert watched.page.locator("#figures .js-plotly-plot .scatterlayer .trace").count() == 6 + 5
     assert watched.errors == []
     assert {url.split("#")[0] for url in watched.requests if not url.startswith("data:")} == {address}
 
