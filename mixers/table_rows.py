@@ -142,5 +142,5 @@ def _scatter(tokens: Tensor, weights: Tensor, slots: Tensor, n_slots: int) -> Te
         rows = segment_sum(tokens, weights, accesses.order, accesses.starts)
         return tokens.new_zeros(n_slots, tokens.shape[1]).index_copy_(0, accesses.rows, rows)
     in_order, order = torch.sort(slots.flatten(), stable=True)
-    starts = torch.searchsorted(in_order, torch.arange(n_slots + 1, device=slots.device))
+    starts = torch.searchsorted(in_order, torch.arange(n_slots, device=slots.device))
     return segment_sum(tokens, weights, order, starts)
