@@ -248,7 +248,7 @@ class _SparseChunks(torch.autograd.Function):
         if d_rows is not None:
             d_table[: d_rows.shape[0]] = d_rows
 
-        d_q, d_v = torch.empty_like(q), torch.zeros_like(v)
+        d_q, d_v = torch.empty_like(q), torch.empty_like(v)
         d_gate = None if gate is None else torch.zeros_like(gate)
         d_now = None if d_keys is None else d_keys.reshape(-1, *key_shape[-2:])
         for parts, stage, spans in zip(reversed(call.stages), reversed(stages), reversed(ctx.spans), strict=True):
@@ -292,8 +292,11 @@ class _SparseChunks(torch.autograd.Function):
                         d_error_mean *= call.loss_scale(part)
                         d_error = d_error_mean if d_error is None else d_error + d_error_mean
                         d_extra.append(d_a_loss.flatten())
+                    call.zero_before_targets(d_v, part, is_empty=d_error is None)
                     if d_error is not None:
                         d_on_tokens = call.error_backward(d_error, difference, weight, part, d_on_tokens, d_v, d_gate)
+                else:
+                    d_v[:, part] = 0
                 known, new = slice(span.entry, span.entry_new), slice(span.entry_new, span.entry_stop)
                 at_new = all_base_rows[plan.places[plan.order[new]]]
                 d_reads.append(dots(flat_base, at_new, d_on_tokens, plan.token[new]))
@@ -489,7 +492,7 @@ class _Call:
         d_v: Tensor,
         d_gate: Tensor | None,
     ) -> Tensor:
-        """Hand on the derivative of e (M*S,V): add it to d_v (B,T,V) and d_gate (B,T), and to d_on_tokens (M*S,V) in a
+        """Hand on the derivative of e (M*S,V): set it in d_v (B,T,V) and d_gate (B,T), and add it to d_on_tokens (M*S,V) in a
         copy, which is returned."""
         n_writing = difference.shape[1]
         by_sequence = (self.q.shape[0], -1, d_error.shape[-1])
@@ -501,14 +504,17 @@ class _Call:
                 on_gate = on_gate * self.mask[:, writing]
             d_gate[:, writing] = on_gate
         d_difference = d_error * weight.unsqueeze(-1)
-        d_v[:, part.stop - n_writing : part.stop] -= d_difference
+        torch.neg(d_difference, out=d_v[:, part.stop - n_writing : part.stop])
         d_on_tokens = d_on_tokens.clone().view(by_sequence)
         d_on_tokens[:, :n_writing] += d_difference
         return d_on_tokens.flatten(0, 1)
 
-    def row_factors(
-        self, plan: Plan, spans: list[Span], parts: list[tuple[slice, bool]], n_slots: int
-    ) -> Tensor:
+    def zero_before_targets(self, d_v: Tensor, part: slice, is_empty: bool) -> None:
+        """Zero the derivatives of v (B,T,V) at a chunk's first tokens, whose values nothing writes; of all, if so."""
+        stop = part.stop if is_empty else part.stop - self._n_writing(part)
+        d_v[:, part.start : stop] = 0
+
+    def row_factors(self, plan: Plan, spans: list[Span], parts: list[tuple[slice, bool]], n_slots: int) -> Tensor:
         """-lr * scale / cnt (E,) of each access's row."""
         factors = (-self.options.lr / plan.counts.to(self.v.dtype)).index_select(0, plan.index)
         if self.options.update_scale == "paper":

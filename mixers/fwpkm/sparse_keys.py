@@ -233,9 +233,7 @@ def choose(chunks: list[Addresses], n_memories: int, options: ChunkOptions) -> C
     sums = (scores[:, :, :, 0, :, :, None] + scores[:, :, :, 1, :, None, :]).flatten(-2)
     best, pairs = sums.topk(top_k, dim=-1)
     first, second = _positions(pairs, top_k)
-    slots = torch.add(
-        subkeys[:, :, :, 1].gather(-1, second), subkeys[:, :, :, 0].gather(-1, first), alpha=n_subkeys
-    )
+    slots = torch.add(subkeys[:, :, :, 1].gather(-1, second), subkeys[:, :, :, 0].gather(-1, first), alpha=n_subkeys)
     weights = torch.softmax(_by_token(best) / options.temperature, dim=-1)
     return Choice(pairs, _by_token(slots), weights)
 

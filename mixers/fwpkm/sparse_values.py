@@ -105,16 +105,21 @@ def row_changes_backward(
     return WriteGradients(d_error, dots(d_table, place, error, token))
 
 
-def value_loss_on_pairs(
-    table: Tensor, index: Tensor, error: Tensor, weights: Tensor, temperature: float
-) -> Tensor:
+def value_loss_on_pairs(table: Tensor, index: Tensor, error: Tensor, weights: Tensor, temperature: float) -> Tensor:
     """d loss / d pair scores (S,J) of 0.5 mean_pairs[g m mean_V (read - v)^2]; error (S,V) is d loss / d read, table
     (P,V) holds at index (S,J) what was read."""
     return softmax_backward(weights, gather_dot(table, index, error)) / temperature
 
 
 def value_loss_on_pairs_backward(
-    d_pairs: Tensor, before: Tensor, error: Tensor, weights: Tensor, index: Tensor, plan: Plan, span: Span, temperature: float
+    d_pairs: Tensor,
+    before: Tensor,
+    error: Tensor,
+    weights: Tensor,
+    index: Tensor,
+    plan: Plan,
+    span: Span,
+    temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Derivatives of before (U,V), error (S,V) and weights (S,J) through :func:`value_loss_on_pairs` with the chunk's
     rows ``before`` as the table."""

@@ -10,6 +10,8 @@ chunk after another, D distinct pairs of chunk and row, U rows, V width of a row
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -17,6 +19,8 @@ import torch
 from torch import Tensor
 
 from mixers.fwpkm.sparse_rows import first_of_runs, gather_sum
+
+LARGE_BYTES = 8 * 2**20
 
 
 class Span(NamedTuple):
@@ -146,7 +150,7 @@ class TouchedRows:
         self.base = base.flatten(0, 1)
         self.codes = codes
         n_given = codes.numel()
-        self.table = rows.new_empty(min(n_given + n_accesses, n_memories * base.shape[1]), rows.shape[1])
+        self.table = _room_for(min(n_given + n_accesses, n_memories * base.shape[1]), rows)
         self.table[:n_given] = rows
 
     def plan(self, codes: Tensor, n_each: list[int], n_read: int) -> tuple[Plan, list[Span]]:
@@ -171,6 +175,20 @@ class TouchedRows:
         self.table[span.new : span.new_stop] += changes[n_old:]
         if n_old:
             self.table.index_copy_(0, made.rows[span.row : span.row_new], old + changes[:n_old])
+
+
+def _room_for(n_rows: int, like: Tensor) -> Tensor:
+    """An uninitialised table (n_rows,V). A large one comes on huge pages where the system has them: handing out its
+    pages one by one otherwise takes longer than filling them (64 MiB on Linux: 42 ms, and 15 ms so)."""
+    n_bytes = n_rows * like.shape[1] * like.element_size()
+    if like.device.type != "cpu" or n_bytes < LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return like.new_empty(n_rows, like.shape[1])
+    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # A kernel built without huge pages refuses: ordinary ones, then.
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    # The tensor keeps the memory alive.
+    return torch.frombuffer(memory, dtype=like.dtype).view(n_rows, like.shape[1])
 
 
 class UntouchedRows:
