@@ -6,10 +6,10 @@ touches out of the table, works on the copies chunk by chunk, and hands back cod
 so a call goes in three stages: the chain of the sub-keys; then for all chunks at once the choice of slots and the plan
 of the rows; then the chain of the rows. Where the value loss moves the keys, every chunk is such a call of its own.
 
-Nothing is undone from a live table: the backward has, of every chunk, the rows that were touched before it as they were
-then (4 V bytes a row; the others it finds in the table again), the keys, and what the queries selected. It goes from the
-last chunk to the first and forms derivatives only of rows that another chunk reads or the caller asks for: a row that
-one chunk alone touches, of a table that isn't learned, has none.
+Nothing is undone from a live table: the backward has, of every chunk, the rows that were touched before it as they
+were then (4 V bytes a row; the others it finds in the table again), the keys, and what the queries selected. It goes
+from the last chunk to the first and forms derivatives only of rows that another chunk reads or the caller asks for: a
+row that one chunk alone touches, of a table that isn't learned, has none.
 
 Letters: B sequences, T tokens, M memories (B or 1), R = B/M, C chunk, S = R*C, H heads, k slots per head, J = H*k,
 n sub-keys per half, N = n*n slots, K key width, V value width, U rows.
@@ -53,6 +53,8 @@ from mixers.fwpkm.sparse_values import (
     value_loss_on_pairs_backward,
 )
 from mixers.fwpkm.touched_rows import Plan, Span, TouchedRows, UntouchedRows, base_rows, restore
+
+FEW_DERIVATIVES = 2**18
 
 
 class SparseOutput(NamedTuple):
@@ -107,13 +109,17 @@ def write_chunks_sparsely(
 
 
 class _Stage(NamedTuple):
-    """What the backward needs of chunks that were planned together. choices: of those of equal length; factors (E,):
-    -lr * scale / cnt of each access's row. Of each chunk: addresses, its use of the sub-keys (None: they stay), and the
-    rows that it touched as others before it left them (U,V)."""
+    """What the backward needs of chunks that were planned together.
+
+    choices: of those of equal length. weights and factors (E,): a, and -lr * scale / cnt of its row, of each access;
+    shares: the same in the plan's order. Of each chunk: its addresses, its use of the sub-keys (None: they stay), and
+    the rows that others before it touched, as it found them (U,V)."""
 
     plan: Plan
     choices: list[Choice]
+    weights: Tensor
     factors: Tensor
+    shares: Shares
     addresses: list[Addresses]
     uses: list[Use | None]
     old: list[Tensor]
@@ -164,7 +170,8 @@ class _SparseChunks(torch.autograd.Function):
             plan, spans = table.plan(call.codes(choices, base.shape[1]), call.n_accesses(parts), call.n_read)
             factors = call.row_factors(plan, spans, parts, base.shape[1])
             a = [chunk for choice in choices for chunk in choice.weights.unbind()]
-            shares = _shares(choices, factors, plan)
+            all_a = torch.cat([choice.weights.flatten() for choice in choices])
+            shares = Shares(all_a.index_select(0, plan.order), factors.index_select(0, plan.order))
             for i, (part, is_written) in enumerate(parts):
                 span = spans[i]
                 old = table.enter(plan, span)
@@ -191,7 +198,7 @@ class _SparseChunks(torch.autograd.Function):
             weights += [choice.weights for choice in choices]
             all_spans.append(spans)
             if keep:
-                stages.append(_Stage(plan, choices, factors, addresses, uses, old_rows))
+                stages.append(_Stage(plan, choices, all_a, factors, shares, addresses, uses, old_rows))
 
         read = torch.cat(reads, dim=1) if reads else torch.empty_like(v)
         slots_out, weights_out = call.join(slots, torch.int64), call.join(weights, q.dtype)
@@ -235,10 +242,12 @@ class _SparseChunks(torch.autograd.Function):
 
         need = ctx.needs_input_grad
         all_before = need[4] or need[5]
-        all_after = d_rows is not None or len(stages) > 1
+        n_places = all_codes.numel()
+        # Which rows have none is worth finding out only if there are many.
+        all_after = d_rows is not None or len(stages) > 1 or n_places * v.shape[-1] <= FEW_DERIVATIVES
         # Where a row's derivative stands: by its place, or only those of rows that a chunk meets again.
-        place = torch.arange(all_codes.numel(), device=q.device)
-        n_derivatives = place.numel()
+        place = torch.arange(n_places, device=q.device)
+        n_derivatives = n_places
         if not all_before and not all_after and stages:
             again = [stages[0].plan.rows[span.row : span.row_new] for span in ctx.spans[0]]
             again = torch.cat(again).unique()
@@ -252,14 +261,14 @@ class _SparseChunks(torch.autograd.Function):
         d_gate = None if gate is None else torch.zeros_like(gate)
         d_now = None if d_keys is None else d_keys.reshape(-1, *key_shape[-2:])
         for parts, stage, spans in zip(reversed(call.stages), reversed(stages), reversed(ctx.spans), strict=True):
-            plan, choices, factors = stage.plan, stage.choices, stage.factors
+            plan, choices, factors, shares = stage.plan, stage.choices, stage.factors, stage.shares
             a = [chunk for choice in choices for chunk in choice.weights.unbind()]
-            shares = _shares(choices, factors, plan)
-            places = place[plan.rows]
+            places = place.index_select(0, plan.rows)
             n_writing = sum(is_written for _, is_written in parts)
-            later = later_accesses(plan, spans, n_writing, call.n_read, places, all_codes.numel(), all_after)
-            later_factors = factors[later.entry]
-            later_shares = later_factors * torch.cat([x.flatten() for x in a])[later.entry]
+            later = later_accesses(plan, spans, n_writing, call.n_read, places, n_places, all_after)
+            later_factors = factors.index_select(0, later.entry)
+            later_shares = later_factors * stage.weights.index_select(0, later.entry)
+            base_row = all_base_rows.index_select(0, plan.places)
             d_shares, d_reads, d_extra = [], [], []
             for i in reversed(range(len(parts))):
                 (part, is_written), span, old = parts[i], spans[i], stage.old[i]
@@ -298,10 +307,10 @@ class _SparseChunks(torch.autograd.Function):
                 else:
                     d_v[:, part] = 0
                 known, new = slice(span.entry, span.entry_new), slice(span.entry_new, span.entry_stop)
-                at_new = all_base_rows[plan.places[plan.order[new]]]
+                at_new = base_row.index_select(0, plan.order[new])
                 d_reads.append(dots(flat_base, at_new, d_on_tokens, plan.token[new]))
                 if span.row_new > span.row:
-                    at_old = plan.index[plan.order[known]] - span.row
+                    at_old = plan.index.index_select(0, plan.order[known]) - span.row
                     d_reads.append(dots(old, at_old, d_on_tokens, plan.token[known]))
                 # The rows that nobody touched before are the last ones.
                 stop, entry_stop = (span.row_stop, span.entry_stop) if all_before else (span.row_new, span.entry_new)
@@ -315,8 +324,7 @@ class _SparseChunks(torch.autograd.Function):
                     into = places[span.row : stop]
                     d_table.index_copy_(0, into, d_before.add_(d_table.index_select(0, into)))
 
-            d_a = torch.empty_like(factors)
-            d_a[plan.order] = torch.cat(d_reads[::-1])
+            d_a = torch.empty_like(factors).scatter_(0, plan.order, torch.cat(d_reads[::-1]))
             if d_shares:
                 d_a.index_add_(0, later.entry, later_factors * torch.cat(d_shares[::-1]))
             if d_extra:
@@ -347,11 +355,6 @@ class _SparseChunks(torch.autograd.Function):
             d_q, d_v, d_gate, d_now.view(key_shape) if need[3] and d_now is not None else None, d_base,
             d_table[: ctx.n_given] if need[5] else None, None, None, None, None, None,
         )  # fmt: skip
-
-
-def _shares(choices: list[Choice], factors: Tensor, plan: Plan) -> Shares:
-    weights = torch.cat([choice.weights.flatten() for choice in choices])
-    return Shares(weights[plan.order], factors[plan.order])
 
 
 class _Call:
@@ -492,8 +495,8 @@ class _Call:
         d_v: Tensor,
         d_gate: Tensor | None,
     ) -> Tensor:
-        """Hand on the derivative of e (M*S,V): set it in d_v (B,T,V) and d_gate (B,T), and add it to d_on_tokens (M*S,V) in a
-        copy, which is returned."""
+        """Hand on the derivative of e (M*S,V): set it in d_v (B,T,V) and d_gate (B,T), and add it to d_on_tokens
+        (M*S,V) in a copy, which is returned."""
         n_writing = difference.shape[1]
         by_sequence = (self.q.shape[0], -1, d_error.shape[-1])
         d_error = d_error.view(by_sequence)[:, :n_writing]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mixers.fwpkm.reference import ENTROPY_EPS, ChunkOptions
-from mixers.fwpkm.sparse_rows import bag_sums, dots, gather_sum
+from mixers.fwpkm.sparse_rows import bag_sums, dots, gather_sum, stable_sort
 from mixers.product_keys import IDW_EPS, best_subkeys
 
 
@@ -37,7 +37,9 @@ class Addresses(NamedTuple):
     def sums(self, rows: Tensor, weights: Tensor | None, n_per_row: int = 1) -> Tensor:
         """(A*n,W): weights summed over a sub-key's accesses; rows (A*S*k/n_per_row,W), weights (A,S,k) or None."""
         index = self.order if n_per_row == 1 else self.order.div(n_per_row, rounding_mode="floor")
-        return bag_sums(rows, index, self.starts, None if weights is None else weights.flatten()[self.order])
+        return bag_sums(
+            rows, index, self.starts, None if weights is None else weights.flatten().index_select(0, self.order)
+        )
 
     def gather(self, on_keys: Tensor) -> Tensor:
         """(A*n,) -> (A,S,k): each access's own."""
@@ -86,7 +88,7 @@ def address(
     order = starts = None
     if is_grouped:
         # Every sub-key counts, also those that nobody accesses.
-        in_order, order = torch.sort(codes.flatten(), stable=True)
+        in_order, order = stable_sort(codes.flatten())
         starts = torch.searchsorted(in_order, torch.arange(n_halves * n_subkeys, device=keys.device))
     return Addresses(keys, codes, order, starts, inverse, scores), found
 

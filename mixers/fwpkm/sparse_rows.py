@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+FEW_CODES = 2048
+
 
 class Accesses(NamedTuple):
     """The accesses (S,J) of some tokens, grouped by the row that they go to.
@@ -28,9 +30,24 @@ class Accesses(NamedTuple):
 
 def group_accesses(rows: Tensor) -> Accesses:
     """Group the accesses to ``rows`` (S,J) int64, with one stable sort."""
-    in_order, order = torch.sort(rows.flatten(), stable=True)
+    in_order, order = stable_sort(rows.flatten())
     starts = first_of_runs(in_order).nonzero().squeeze(1)
-    return Accesses(in_order[starts], order, starts)
+    return Accesses(in_order.index_select(0, starts), order, starts)
+
+
+def stable_sort(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """codes (I,) int64 >= 0 ascending, and where each stood; equal ones stay in their order.
+
+    On the CPU one number holds both, code * I + position, as numpy sorts plain numbers 3 to 4 times faster than torch
+    sorts numbers with their positions (I = 4096 to 16384; few numbers don't pay for the division afterwards).
+    """
+    n_codes = codes.numel()
+    if codes.device.type != "cpu" or n_codes < FEW_CODES:
+        return torch.sort(codes, stable=True)
+    both = torch.add(torch.arange(n_codes), codes, alpha=n_codes)
+    both.numpy().sort()
+    in_order = both.div(n_codes, rounding_mode="floor")
+    return in_order, torch.sub(both, in_order, alpha=n_codes)
 
 
 def first_of_runs(in_order: Tensor) -> Tensor:
@@ -83,4 +100,4 @@ def segment_sum(tokens: Tensor, weights: Tensor, order: Tensor, starts: Tensor) 
     """
     n_read = weights.shape[1]
     token = order if n_read == 1 else order.div(n_read, rounding_mode="floor")
-    return bag_sums(tokens, token, starts, weights.flatten()[order])
+    return bag_sums(tokens, token, starts, weights.flatten().index_select(0, order))

@@ -66,11 +66,12 @@ def later_accesses(
         number = torch.arange(n_rows, device=place.device)
         last = torch.zeros(n_places, dtype=torch.int64, device=place.device)
         last.scatter_reduce_(0, plan.rows, number, "amax")
-        entry = (last[plan.rows] > number)[plan.index].nonzero().squeeze(1)
+        entry = (last.index_select(0, plan.rows) > number).index_select(0, plan.index).nonzero().squeeze(1)
     tokens = torch.arange(n_entries // n_read + 1, device=place.device)
     starts = torch.searchsorted(entry, tokens * n_read)
     at = torch.tensor([span.entry // n_read for span in spans] + [n_entries // n_read], device=place.device)
-    return Later(entry, place[plan.index[entry]], starts, starts[at].tolist())
+    of_entry = place.index_select(0, plan.index.index_select(0, entry))
+    return Later(entry, of_entry, starts, starts.index_select(0, at).tolist())
 
 
 class WriteGradients(NamedTuple):
@@ -129,6 +130,6 @@ def value_loss_on_pairs_backward(
     d_on_weights = weights * (d_pairs - mean)
     d_weights = d_pairs * (on_weights - (weights * on_weights).sum(-1, keepdim=True)) - on_weights * mean
     here = slice(span.entry, span.entry_stop)
-    in_order = d_on_weights.flatten()[plan.order[here] - span.entry]
+    in_order = d_on_weights.flatten().index_select(0, plan.order[here] - span.entry)
     d_before = bag_sums(error, plan.token[here], plan.starts[span.row : span.row_stop], in_order)
     return d_before, gather_sum(before, index, d_on_weights), d_weights

@@ -4,13 +4,12 @@ Many memories start from one table of N rows, and each soon differs from it in s
 has the code m * N + slot. A memory is then the shared table and a pair (codes (U,), rows (U,V)): what differs.
 Time and memory follow the rows touched, not the size of the table.
 
-Letters: M memories, N slots, S tokens of a chunk (of all memories), J accesses per token, E accesses of some chunks, one
-chunk after another, D distinct pairs of chunk and row, U rows, V width of a row.
+Letters: M memories, N slots, S tokens of a chunk (of all memories), J accesses per token, E accesses of some chunks,
+one chunk after another, D distinct pairs of chunk and row, U rows, V width of a row.
 """
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 from itertools import accumulate
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixers.fwpkm.sparse_rows import first_of_runs, gather_sum
+from mixers.fwpkm.sparse_rows import first_of_runs, gather_sum, stable_sort
 
 LARGE_BYTES = 8 * 2**20
 
@@ -42,8 +41,8 @@ class Plan(NamedTuple):
     """Which rows the accesses of some chunks go to. Rows have places in the order in which they are met: those known
     before first, then each chunk's new ones in the order of their codes.
 
-    places: (E,) of each access. order: (E,) the accesses by chunk, place, token. token: (E,) the token, within its chunk,
-    of each access in that order. index: (E,) the row (of the D) of each access, not in that order.
+    places: (E,) of each access. order: (E,) the accesses by chunk, place, token. token: (E,) the token, within its
+    chunk, of each access in that order. index: (E,) the row (of the D) of each access, not in that order.
     rows: (D,) the places of each chunk's rows, ascending. starts: (D,) where each row's accesses begin in ``order``,
     counted from its chunk's first. counts: (D,) how many they are. new_codes: (U,) codes of the new rows.
     """
@@ -63,22 +62,22 @@ def plan(codes: Tensor, n_each: list[int], n_read: int, known: Tensor) -> tuple[
     rows met before, at places 0..U-1. Two stable sorts, for all chunks at once."""
     n_known, n_chunks = known.numel(), len(n_each)
     chunk = _chunk_ids(n_each, codes)
-    in_order, order = torch.sort(torch.cat([known, codes]) if n_known else codes, stable=True)
+    in_order, order = stable_sort(torch.cat([known, codes]) if n_known else codes)
     is_first = first_of_runs(in_order)
     run_starts = is_first.nonzero().squeeze(1)
-    first_met = order[run_starts]
+    first_met = order.index_select(0, run_starts)
     if n_known:
-        met_in = torch.where(first_met < n_known, -1, chunk[(first_met - n_known).clamp_(min=0)])
+        met_in = chunk.index_select(0, (first_met - n_known).clamp_(min=0)).masked_fill_(first_met < n_known, -1)
     else:
-        met_in = chunk[first_met]
+        met_in = chunk.index_select(0, first_met)
     as_met = torch.sort(met_in, stable=True).indices
-    place_of_run = torch.empty_like(as_met)
-    place_of_run[as_met] = torch.arange(as_met.numel(), device=codes.device)
+    numbers = torch.arange(as_met.numel(), device=codes.device)
+    place_of_run = torch.empty_like(as_met).scatter_(0, as_met, numbers)
     if n_known:
         place_of_run = torch.where(met_in < 0, first_met, place_of_run)
-    places = torch.empty_like(order)
-    places[order] = place_of_run[is_first.cumsum(0) - 1]
-    new_codes = in_order[run_starts[as_met[n_known:]]]
+    of_run = place_of_run.index_select(0, is_first.cumsum(0).sub_(1))
+    places = torch.empty_like(order).scatter_(0, order, of_run)
+    new_codes = in_order.index_select(0, run_starts.index_select(0, as_met[n_known:]))
     n_new = torch.bincount(met_in + 1, minlength=n_chunks + 1)[1:]
     return _group(places[n_known:], chunk, n_each, n_read, new_codes, n_new, n_known)
 
@@ -108,25 +107,24 @@ def _group(
 ) -> tuple[Plan, list[Span]]:
     n_chunks, n_entries = len(n_each), places.numel()
     entries = list(accumulate(n_each, initial=0))
-    in_order, order = torch.sort(places + chunk * (n_known + new_codes.numel()), stable=True)
+    in_order, order = stable_sort(places + chunk * (n_known + new_codes.numel()))
     is_first = first_of_runs(in_order)
     starts = is_first.nonzero().squeeze(1)
-    index = torch.empty_like(order)
-    index[order] = is_first.cumsum(0) - 1
+    index = torch.empty_like(order).scatter_(0, order, is_first.cumsum(0).sub_(1))
     # The order is chunk by chunk, so an entry's chunk is the same before and after.
     chunk_starts = torch.tensor(entries[:-1], device=places.device)
-    chunk_of_row = chunk[starts]
+    chunk_of_row = chunk.index_select(0, starts)
     all_starts = torch.cat([starts, starts.new_full((1,), n_entries)])
     n_rows = torch.bincount(chunk_of_row, minlength=n_chunks)
     ends = n_rows.cumsum(0)
-    entry_new = all_starts[ends - n_new]
+    entry_new = all_starts.index_select(0, ends - n_new)
     made = Plan(
         places,
         order,
-        (order - chunk_starts[chunk]).div_(n_read, rounding_mode="floor"),
+        (order - chunk_starts.index_select(0, chunk)).div_(n_read, rounding_mode="floor"),
         index,
-        places[order[starts]],
-        starts - chunk_starts[chunk_of_row],
+        places.index_select(0, order.index_select(0, starts)),
+        starts - chunk_starts.index_select(0, chunk_of_row),
         all_starts.diff(),
         new_codes,
     )
@@ -183,10 +181,11 @@ def _room_for(n_rows: int, like: Tensor) -> Tensor:
     n_bytes = n_rows * like.shape[1] * like.element_size()
     if like.device.type != "cpu" or n_bytes < LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return like.new_empty(n_rows, like.shape[1])
-    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # A kernel built without huge pages refuses: ordinary ones, then.
-    with contextlib.suppress(OSError):
+    try:
+        memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # no huge pages, or no memory, which torch says in its own words
+        return like.new_empty(n_rows, like.shape[1])
     # The tensor keeps the memory alive.
     return torch.frombuffer(memory, dtype=like.dtype).view(n_rows, like.shape[1])
 
