@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import gc
-import os
-import platform
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +12,7 @@ import torch
 from experiments.bench import model
 from experiments.bench.case import ABSENT, FAILED, IMPLEMENTATIONS, NO_MEMORY, OK, SCENES, WRONG, Case
 from experiments.bench.equality import why_wrong
+from experiments.bench.machine import machine_of
 from experiments.bench.measure import (
     OutOfMemory,
     copy_bandwidth,
@@ -28,7 +26,6 @@ from experiments.bench.measure import (
 )
 from experiments.bench.operations import Operation, Workbench
 from experiments.bench.package import DIFFERENCES, INSTALL, is_installed
-from experiments.environment import environment
 from experiments.errors import UserError
 
 LAYER_TOKENS = 1024
@@ -90,22 +87,12 @@ class Report:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
-def machine_of(settings: Settings) -> dict[str, Any]:
-    """What it ran on, with what else the machine did: the load when it started."""
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    return {**environment(settings.device), "cpu": cpu, "load_average": os.getloadavg()}
-
-
 def start(settings: Settings) -> Report:
     """Check the settings, set the threads, describe the machine, measure its copy bandwidth."""
     settings.check()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    return Report(settings, machine_of(settings), copy_bandwidth(settings.device))
+    return Report(settings, machine_of(settings.device), copy_bandwidth(settings.device))
 
 
 def groups(s: Settings) -> Iterator[tuple[str, list[Case]]]:
