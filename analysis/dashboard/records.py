@@ -41,6 +41,13 @@ class Plans:
             return kept[1]
 
 
+def results_version(runs: Path) -> Hashable:
+    """What changes with the results of checks and benchmarks."""
+    return tuple(
+        (path.name, _mark(path)) for folder in (CHECKS, BENCH) for path in sorted((runs / folder).glob("*.json"))
+    )
+
+
 def contract_result(runs: Path, mixer: str) -> dict[str, Any] | None:
     """What `mixlab check MIXER --json` last found, from the newest file RUNS/checks/*.json that has it."""
     return next((row for _, row in _rows(runs / CHECKS, mixer) if isinstance(row.get("checks"), list)), None)
@@ -54,17 +61,17 @@ def bench_results(runs: Path, mixer: str) -> list[dict[str, Any]]:
 def _rows(folder: Path, mixer: str) -> list[tuple[Path, dict[str, Any]]]:
     """The objects of the lists in ``folder`` that are of ``mixer``, those of the newest file first."""
     found = []
-    for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    marks = {path: mark for path in folder.glob("*.json") if (mark := _mark(path)) is not None}
+    for path, (made_ns, _) in sorted(marks.items(), key=lambda entry: entry[1], reverse=True):
         values = read_json(path)
         rows = values.get("rows") if isinstance(values, dict) else values
         for row in rows if isinstance(rows, list) else ():
             if isinstance(row, dict) and mixer in (row.get("name"), row.get("mixer")):
-                made_ms = path.stat().st_mtime_ns // 1_000_000
-                found.append((path, {**row, "file": path.name, "made_ms": made_ms}))
+                found.append((path, {**row, "file": path.name, "made_ms": made_ns // 1_000_000}))
     return found
 
 
-def _mark(path: Path) -> Hashable:
+def _mark(path: Path) -> tuple[int, int] | None:
     try:
         found = path.stat()
     except FileNotFoundError:

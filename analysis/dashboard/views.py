@@ -10,7 +10,7 @@ from typing import Any
 from analysis.axes import axis
 from analysis.comparison import DEFAULT_X, as_json, check_axis, compare
 from analysis.dashboard.overview import sweep_overview
-from analysis.dashboard.records import Plans, bench_results, contract_result
+from analysis.dashboard.records import Plans, bench_results, contract_result, results_version
 from analysis.dashboard.store import StoredExperiment, StoredRun, VisibleStore
 from analysis.findings import Findings, findings
 from analysis.findings import as_json as findings_json
@@ -40,6 +40,10 @@ class Views:
     def state(self, store: VisibleStore, sweeps: Iterable[StoredExperiment]) -> Hashable:
         """What changes whenever an answer about these sweeps may."""
         return tuple((e.experiment_id, store.version(e.experiment_id), self._plans.version(e.name)) for e in sweeps)
+
+    def results_state(self) -> Hashable:
+        """What changes whenever an answer about a mixer may, beside its sweeps."""
+        return results_version(self._runs)
 
     def overview(self, store: VisibleStore) -> list[dict[str, Any]]:
         """All sweeps, newest first."""

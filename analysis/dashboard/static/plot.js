@@ -95,7 +95,7 @@ mixlab.drawPlot = function (host, shown, onPick) {
     }
     const bars = (axis, place, key) => {
       if (!shown.intervals || axis.name.startsWith("cost/") || axis.name.startsWith("factor/")) return { visible: false };
-      const edge = (p, side) => p.line?.metrics[axis.name]?.[side] ?? null;
+      const edge = (p, side) => { const value = p.line?.metrics[axis.name]?.[side] ?? null; return mixlab.hasPlace(value) ? value : null; };
       return {
         type: "data", symmetric: false, visible: true, thickness: 1.6, width: 4, color,
         array: placed.map((p) => (edge(p, "high") === null ? 0 : edge(p, "high") - p[key])),
