@@ -125,11 +125,13 @@ class Views:
     def mixer(self, store: VisibleStore, name: str) -> dict[str, Any]:
         """One mixer: its arms in every sweep, its contract result, and what a benchmark measured. Raises UserError.
 
-        Results of the contract and of benchmarks are shown only of a mixer that stands in a sweep the user may see.
+        Results of the contract and of benchmarks are shown only of mixers that stand in a sweep the user may see.
         """
         sweeps = []
+        known: set[str] = set()
         for entry in sweep_experiments(store):
             saved, rows = self._sweep(store, entry)
+            known.update(one for pattern in saved.arms.values() for one in mixer_names(pattern))
             arms = {arm: pattern for arm, pattern in saved.arms.items() if name in mixer_names(pattern)}
             if not arms:
                 continue
@@ -156,7 +158,7 @@ class Views:
                 "name": name,
                 "sweeps": sweeps,
                 "contract": contract_result(self._runs, name),
-                "bench": bench_results(self._runs, name),
+                "bench": bench_results(self._runs, name, known),
             }
         )
 
