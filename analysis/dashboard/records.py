@@ -7,7 +7,7 @@ from collections.abc import Collection, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
-from analysis.notes import mixer_names
+from analysis.patterns import mixer_names
 from experiments.records import read_json
 from sweeps.saved import SavedSweep, read_saved, saved_names
 
