@@ -10,14 +10,12 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import click
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from mixers.fwpkm import triton_chunks
 from mixers.fwpkm.reference import ChunkOptions
 from mixers.fwpkm.reference import write_chunks as write_readable
 from mixers.fwpkm.triton_chunks import write_chunks as write_triton
@@ -91,17 +89,6 @@ def draw(
     return {name: part.to(device=device, dtype=dtype).requires_grad_() for name, part in parts.items()}
 
 
-@contextmanager
-def parts_of(n_queries: int) -> Iterator[None]:
-    """The chains of keys and values meet every ``n_queries`` queries, so that short calls go the way of long ones."""
-    usual = triton_chunks.QUERIES_PER_SORT, triton_chunks.QUERIES_PER_MEETING
-    triton_chunks.QUERIES_PER_SORT = triton_chunks.QUERIES_PER_MEETING = n_queries
-    try:
-        yield
-    finally:
-        triton_chunks.QUERIES_PER_SORT, triton_chunks.QUERIES_PER_MEETING = usual
-
-
 def compare(case: dict, sizes: dict[str, int], dtype: torch.dtype, device: str) -> dict[str, float]:
     """Largest difference from the float64 reference over the reference's largest entry, per output and gradient.
 
@@ -120,26 +107,25 @@ def compare(case: dict, sizes: dict[str, int], dtype: torch.dtype, device: str) 
     # The same float32 numbers for both, so that only the arithmetic differs.
     drawn = {name: part.detach().to(dtype).double().requires_grad_() for name, part in drawn.items()}
     results = []
-    with parts_of(lead[1] * sizes["C"] + 1):
-        for write, width in ((write_readable, torch.float64), (write_triton, dtype)):
-            parts = {name: part.detach().to(width).requires_grad_() for name, part in drawn.items()}
-            out = write(
-                parts["q"],
-                parts["v"],
-                parts.get("gate"),
-                parts["keys"],
-                parts["values"],
-                mask if masked else None,
-                options,
-            )
-            generator = torch.Generator().manual_seed(1)
-            loss = 0.0
-            for tensor in (out.read, out.keys, out.values, out.weights):
-                noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(device)
-                loss = loss + (tensor.double() * noise).sum()
-            gradients = torch.autograd.grad(loss, list(parts.values()))
-            found = dict(zip((f"d_{name}" for name in parts), gradients, strict=True))
-            results.append(out._asdict() | found)
+    for write, width in ((write_readable, torch.float64), (write_triton, dtype)):
+        parts = {name: part.detach().to(width).requires_grad_() for name, part in drawn.items()}
+        out = write(
+            parts["q"],
+            parts["v"],
+            parts.get("gate"),
+            parts["keys"],
+            parts["values"],
+            mask if masked else None,
+            options,
+        )
+        generator = torch.Generator().manual_seed(1)
+        loss = 0.0
+        for tensor in (out.read, out.keys, out.values, out.weights):
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(device)
+            loss = loss + (tensor.double() * noise).sum()
+        gradients = torch.autograd.grad(loss, list(parts.values()))
+        found = dict(zip((f"d_{name}" for name in parts), gradients, strict=True))
+        results.append(out._asdict() | found)
     want, got = results
     errors = {"slots": (want.pop("slots") != got.pop("slots")).double().mean().item()}
     for name, expected in want.items():
