@@ -27,6 +27,7 @@ CASES = [
     {"update_scale": "released", "lookahead": 2, "temperature": 0.5, "masked": True},
     {"update_scale": "released", "lookahead": 0, "score": "dot", "heads": 1},
     {"address_weight": 0.0, "masked": True, "gated": False},
+    {"frozen": True},
     {"scope": "sequence", "lr": 0.7, "address_weight": 0.3},
     {"scope": "sequence", "update_scale": "released", "masked": True, "score": "dot"},
 ]
@@ -96,7 +97,7 @@ def compare(case: dict, sizes: dict[str, int], dtype: torch.dtype, device: str) 
     """
     case = dict(case)
     scope, masked, gated = case.pop("scope", "shared"), case.pop("masked", False), case.pop("gated", True)
-    heads = case.pop("heads", 2)
+    heads, frozen = case.pop("heads", 2), case.pop("frozen", False)
     lead = (sizes["B"], 1) if scope == "sequence" else (1, sizes["B"])
     options = options_of(chunk_size=sizes["C"], top_k=sizes["k"], **case)
     drawn = draw(*lead, sizes["T"], heads, sizes["K"], sizes["n"], sizes["V"], torch.float64, device)
@@ -109,6 +110,9 @@ def compare(case: dict, sizes: dict[str, int], dtype: torch.dtype, device: str) 
     results = []
     for write, width in ((write_readable, torch.float64), (write_triton, dtype)):
         parts = {name: part.detach().to(width).requires_grad_() for name, part in drawn.items()}
+        if frozen:
+            parts["keys"].requires_grad_(False), parts["values"].requires_grad_(False)
+        trained = {name: part for name, part in parts.items() if part.requires_grad}
         out = write(
             parts["q"],
             parts["v"],
@@ -120,11 +124,11 @@ def compare(case: dict, sizes: dict[str, int], dtype: torch.dtype, device: str) 
         )
         generator = torch.Generator().manual_seed(1)
         loss = 0.0
-        for tensor in (out.read, out.keys, out.values, out.weights):
+        for tensor in (out.read,) if frozen else (out.read, out.keys, out.values, out.weights):
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(device)
             loss = loss + (tensor.double() * noise).sum()
-        gradients = torch.autograd.grad(loss, list(parts.values()))
-        found = dict(zip((f"d_{name}" for name in parts), gradients, strict=True))
+        gradients = torch.autograd.grad(loss, list(trained.values()))
+        found = dict(zip((f"d_{name}" for name in trained), gradients, strict=True))
         results.append(out._asdict() | found)
     want, got = results
     errors = {"slots": (want.pop("slots") != got.pop("slots")).double().mean().item()}

@@ -268,13 +268,20 @@ def _backward(
     d_weights = None if d_weights is None else d_weights.contiguous()
 
     # C'. Derivative of the table after each chunk, in place in one table, from the last chunk to the first.
-    later = q.new_zeros(values_shape) if d_values is None else d_values.clone(memory_format=torch.contiguous_format)
+    touched = None
+    if d_values is not None:
+        later = d_values.clone(memory_format=torch.contiguous_format)
+    elif needs_values:
+        later = q.new_zeros(values_shape)
+    else:
+        later = q.new_empty(values_shape)
+        touched = torch.zeros(values_shape[:-1], dtype=torch.int8, device=q.device)
     group_of, factors = _by_access(kept, values_shape[1], o)
     d_v = torch.zeros_like(v)
     d_pair_weight = torch.empty_like(kept.pair_weight)
     d_half = torch.empty_like(kept.measures)
     value_chain_backward(
-        later, kept.overwritten, kept.slots, group_of, factors, kept.weights, kept.pairs,
+        later, touched, kept.overwritten, kept.slots, group_of, factors, kept.weights, kept.pairs,
         Groups(kept.order, kept.row, kept.first, kept.count), kept.read, v, kept.pair_weight, d_out, d_weights,
         o.temperature, d_v, d_pair_weight, d_half, o.chunk_size, o.lookahead, needs_values=needs_values,
     )  # fmt: skip

@@ -11,9 +11,10 @@ from mixers.kernels.chunk import token_of
 @triton.jit
 def token_backward(
     query, memory, later, before, slots, groups, factors, weights, pairs, read, v, pair_weight, d_out, d_weights,
-    temperature, d_read, d_v, d_pair_weight, d_half, n_table, n_rows, n_chunk, n_tokens, start, lookahead,
+    temperature, d_read, d_v, d_pair_weight, d_half,
+    touched, n_table, n_rows, n_chunk, n_tokens, start, lookahead,
     HEADS: tl.constexpr, TOP_K: tl.constexpr, VALUE: tl.constexpr, ADD_WEIGHTS: tl.constexpr,
-    BLOCK_J: tl.constexpr, BLOCK_V: tl.constexpr, ALL_J: tl.constexpr,
+    TOUCH: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_V: tl.constexpr, ALL_J: tl.constexpr,
 ):  # fmt: skip
     """Derivatives of one token's read and error.
 
@@ -25,7 +26,8 @@ def token_backward(
         da_tj = <f_tj M[slot_tj], w_t (read_t - v_{t+L})> + <dread_t, before[slot_tj]>
 
     and da carried through the softmax to the half scores, ``d_half`` (M,R,T,H,2,k). ``before`` (E,V) holds the rows
-    that the chunk overwrote, at the positions ``groups`` (E,) of the accesses. ``d_read`` (M,S,V) is scratch.
+    that the chunk overwrote, at the positions ``groups`` (E,) of the accesses. ``d_read`` (M,S,V) is scratch. With
+    TOUCH rows of M that ``touched`` (M*N,) doesn't name are 0.
 
     Bytes per token: J V of ``later``, J V of ``before``, 5 V of the tokens' rows.
     """
@@ -53,6 +55,8 @@ def token_backward(
         factor = tl.load(factors + access, moves, 0.0)
         weight = tl.load(weights + access, moves, 0.0) * factor
         row = first_row + tl.load(slots + access, moves, 0)
+        if TOUCH:
+            moves = moves & (tl.load(touched + row, moves, 0) != 0)
         rows = tl.load(later + row[:, None] * VALUE + v_index[None, :], moves[:, None] & inside[None, :], 0.0)
         d_error += tl.sum(weight[:, None] * rows, axis=0)
         on_weight = factor * tl.sum(rows * error[None, :], axis=1)

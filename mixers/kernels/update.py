@@ -20,15 +20,16 @@ def scratch_row(access, n_chunk, n_tokens, start, N_READ: tl.constexpr):
 
 @triton.jit
 def step_positions(
-    position, end, table, source, weights, scale, order, row, first_of, count_of, overwritten,
+    position, end, table, source, weights, scale, order, row, first_of, count_of, overwritten, touched,
     n_chunk, n_tokens, start, n_table,
-    N_READ: tl.constexpr, VALUE: tl.constexpr, MEAN: tl.constexpr, KEEP: tl.constexpr,
+    N_READ: tl.constexpr, VALUE: tl.constexpr, MEAN: tl.constexpr, KEEP: tl.constexpr, TOUCH: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """table_u += sum over the chunk's accesses (t,j) -> u of w_tj source_t for the groups that start at ``position``.
 
     position (BLOCK_G,) int64, below ``end``: most positions start a group, of one access. With MEAN the sum is
-    multiplied by scale_m / cnt_u; with KEEP the old row goes to row ``position`` of ``overwritten``.
+    multiplied by scale_m / cnt_u; with KEEP the old row goes to row ``position`` of ``overwritten``. With TOUCH a row
+    counts as 0 until ``touched`` (M*N,) says that it was written, which is said then.
 
     Bytes per access: V of source (from the L2 cache), and per touched row V read, V written, with KEEP V kept. A row's
     accesses are summed by one program, BLOCK_E at a time: a slot read by all tokens of a chunk takes S / BLOCK_E steps.
@@ -41,10 +42,13 @@ def step_positions(
     access = tl.load(order + position, exists, 0)
     weight = tl.load(weights + access, exists, 0.0)
     n_most = tl.max(tl.where(starts, count, 0), axis=0)
+    written = starts
+    if TOUCH:
+        written = starts & (tl.load(touched + target, starts, 0) != 0)
     for first in range(0, VALUE, BLOCK_V):
         v_index = first + tl.arange(0, BLOCK_V)
         inside = starts[:, None] & (v_index < VALUE)[None, :]
-        old = tl.load(table + target[:, None] * VALUE + v_index[None, :], inside, 0.0)
+        old = tl.load(table + target[:, None] * VALUE + v_index[None, :], inside & written[:, None], 0.0)
         scratch = scratch_row(access, n_chunk, n_tokens, start, N_READ)
         step = weight[:, None] * tl.load(source + scratch[:, None] * VALUE + v_index[None, :], inside, 0.0)
         if n_most > 1:
@@ -75,6 +79,10 @@ def step_positions(
         if KEEP:
             tl.store(overwritten + position[:, None] * VALUE + v_index[None, :], old, inside)
         tl.store(table + target[:, None] * VALUE + v_index[None, :], old + step, inside)
+    if TOUCH:
+        # All threads have loaded before one stores.
+        tl.debug_barrier()
+        tl.store(touched + target, tl.full(target.shape, 1, dtype=tl.int8), starts)
 
 
 @triton.jit(do_not_specialize=["first_position", "end_position", "n_chunk", "n_tokens", "start", "n_table"])
@@ -100,8 +108,8 @@ def update_kernel(
 ):
     position = first_position + tl.program_id(0).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
     step_positions(
-        position, end_position, table, source, weights, weights, order, row, first_of, count_of, table,
-        n_chunk, n_tokens, start, n_table, N_READ, VALUE, False, False, BLOCK_G, BLOCK_E, BLOCK_V,
+        position, end_position, table, source, weights, weights, order, row, first_of, count_of, table, table,
+        n_chunk, n_tokens, start, n_table, N_READ, VALUE, False, False, False, BLOCK_G, BLOCK_E, BLOCK_V,
     )  # fmt: skip
 
 

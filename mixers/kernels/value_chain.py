@@ -72,8 +72,8 @@ def value_chain_kernel(
         for tile in range(program, tl.cdiv(n_positions, BLOCK_G), n_together):
             step_positions(
                 first + tile * BLOCK_G + tl.arange(0, BLOCK_G), first + n_positions, table, error, weights,
-                scale + chunk * n_memories, order, row, first_of, count_of, overwritten, n_chunk, n_tokens, start,
-                n_table, N_READ, VALUE, True, KEEP, BLOCK_G, BLOCK_E, STEP_V,
+                scale + chunk * n_memories, order, row, first_of, count_of, overwritten, table, n_chunk, n_tokens,
+                start, n_table, N_READ, VALUE, True, KEEP, False, BLOCK_G, BLOCK_E, STEP_V,
             )  # fmt: skip
         n_meetings += 1
         meet(arrived, n_meetings, TIMED)

@@ -41,6 +41,7 @@ def value_chain_backward_kernel(
     d_v,  # out (M,R,T,V)
     d_pair_weight,  # out (M,R,T)
     d_half,  # out (M,R,T,H,2,k)
+    touched,  # (M*N,) int8, TOUCH only
     d_read,  # scratch (M,S,V)
     arrived,  # of :func:`meetings`
     n_table,
@@ -55,6 +56,7 @@ def value_chain_backward_kernel(
     TOP_K: tl.constexpr,
     VALUE: tl.constexpr,
     ADD_WEIGHTS: tl.constexpr,
+    TOUCH: tl.constexpr,
     BLOCK_J: tl.constexpr,
     READ_V: tl.constexpr,
     ALL_J: tl.constexpr,
@@ -76,8 +78,8 @@ def value_chain_backward_kernel(
             token_backward(
                 query % n_queries, query // n_queries, later, before, slots, group_of, factors, weights, pairs, read, v,
                 pair_weight, d_out, d_weights, temperature, d_read, d_v, d_pair_weight, d_half,
-                n_table, n_rows, n_chunk, n_tokens, start, lookahead,
-                HEADS, TOP_K, VALUE, ADD_WEIGHTS, BLOCK_J, READ_V, ALL_J,
+                touched, n_table, n_rows, n_chunk, n_tokens, start, lookahead,
+                HEADS, TOP_K, VALUE, ADD_WEIGHTS, TOUCH, BLOCK_J, READ_V, ALL_J,
             )  # fmt: skip
         n_meetings += 1
         meet(arrived, n_meetings, TIMED)
@@ -88,8 +90,8 @@ def value_chain_backward_kernel(
             for tile in range(program, tl.cdiv(n_positions, BLOCK_G), n_together):
                 step_positions(
                     first + tile * BLOCK_G + tl.arange(0, BLOCK_G), first + n_positions, later, d_read, weights,
-                    factors, order, row, first_of, count_of, later, n_chunk, n_tokens, start, n_table,
-                    HEADS * TOP_K, VALUE, False, False, BLOCK_G, BLOCK_E, STEP_V,
+                    factors, order, row, first_of, count_of, later, touched, n_chunk, n_tokens, start, n_table,
+                    HEADS * TOP_K, VALUE, False, False, TOUCH, BLOCK_G, BLOCK_E, STEP_V,
                 )  # fmt: skip
         n_meetings += 1
         meet(arrived, n_meetings, TIMED)
@@ -97,6 +99,7 @@ def value_chain_backward_kernel(
 
 def value_chain_backward(
     later: Tensor,
+    touched: Tensor | None,
     before: Tensor,
     slots: Tensor,
     group_of: Tensor,
@@ -120,9 +123,10 @@ def value_chain_backward(
 ) -> None:
     """Derivatives of all tokens' reads and errors, ``later`` (M,N,V) carried back from chunk to chunk in place.
 
-    ``later`` starts as the derivative of the last table and ends as that of the first, if ``needs_values``. before
-    (E,V): the rows that each chunk overwrote. See :func:`token_backward` for the others; the table's step is the
-    transpose of the read, :func:`step_positions`. The programs of the one launch meet between the two.
+    ``later`` starts as the derivative of the last table and ends as that of the first, if ``needs_values``. With
+    ``touched`` (M,N) int8, 0, it starts as 0 whatever it holds: rows that no later chunk reads are neither set to 0 nor
+    read. before (E,V): the rows that each chunk overwrote. See :func:`token_backward` for the others; the table's step
+    is the transpose of the read, :func:`step_positions`. The programs of the one launch meet between the two.
     """
     n_memories, n_rows, n_tokens, n_read = slots.shape
     n_heads, top_k, value_dim = d_half.shape[3], d_half.shape[5], v.shape[-1]
@@ -135,13 +139,15 @@ def value_chain_backward(
         value_chain_backward_kernel,
         (n_programs(v, PROGRAMS),),
         *(later, before, slots, group_of, factors, weights, pairs, *groups, read, v, pair_weight, d_out),
-        *(weights if d_weights is None else d_weights, float(temperature), d_v, d_pair_weight, d_half, d_read),
+        *(weights if d_weights is None else d_weights, float(temperature), d_v, d_pair_weight, d_half),
+        *(weights if touched is None else touched, d_read),
         *(arrived, later.shape[1], n_memories, n_rows, n_tokens, chunk_size),
         *(n_chunks, lookahead, 0 if needs_values else 1),
         HEADS=n_heads,
         TOP_K=top_k,
         VALUE=value_dim,
         ADD_WEIGHTS=d_weights is not None,
+        TOUCH=touched is not None,
         BLOCK_J=rows_at_once(n_read, block_v),
         READ_V=block_v,
         ALL_J=triton.next_power_of_2(n_read),

@@ -106,10 +106,11 @@ def launch_all(heads: int, top_k: int, n: int, key_dim: int, value_dim: int, sco
         value_chain.value_chain(
             table, slots, joint, row, each, real(8, 1), groups, row, each, overwritten, 512, 1
         )  # fmt: skip
-    value_chain_backward.value_chain_backward(
-        table, kept, slots, accesses, real(n_accesses), joint, pairs, groups, row, row, each, row, joint, 1.0,
-        row, each, listed, 512, 1, needs_values=True,
-    )  # fmt: skip
+    for touched, d_weights in ((None, joint), (whole(n * n, dtype=torch.int8), None)):
+        value_chain_backward.value_chain_backward(
+            table, touched, kept, slots, accesses, real(n_accesses), joint, pairs, groups, row, row, each, row,
+            d_weights, 1.0, row, each, listed, 512, 1, needs_values=touched is None,
+        )  # fmt: skip
     chunk = Chunk(1, 8, 4096, 0, 4096)
     read.read_rows(table, slots, joint, row, chunk)
     row_dots.row_dots(table, slots, row, joint, chunk)
