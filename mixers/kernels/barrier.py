@@ -66,7 +66,8 @@ def timed_meetings() -> Iterator[dict[str, dict[str, float]]]:
     try:
         yield found
         for kernel, (arrived, steps) in _timed.items():
-            took = arrived[1:].diff().view(-1, len(steps)).sum(0) / 1e6
+            # A meeting that did not take place has no time.
+            took = arrived[1:].diff().where(arrived[2:] > 0, 0).view(-1, len(steps)).sum(0) / 1e6
             found[kernel] = dict(zip(steps, took.tolist(), strict=True))
     finally:
         _timed = None

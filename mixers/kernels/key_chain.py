@@ -9,14 +9,14 @@ from torch import Tensor
 
 from mixers.kernels.address import address_rows
 from mixers.kernels.barrier import begin, meet, meetings, n_programs
-from mixers.kernels.key_step import ENTROPY_EPS, step_subkeys, step_tile_sizes
+from mixers.kernels.key_step import ENTROPY_EPS, n_most_pieces, pull_pieces, step_subkeys, step_tiles, table_lane
 from mixers.kernels.launch import launch
 from mixers.kernels.select import n_rank_tiles, rank_tile, rank_tile_sizes
 from mixers.kernels.use import list_tile_sizes, list_uses
 from mixers.product_keys import IDW_EPS
 
 
-@triton.jit(do_not_specialize=["n_memories", "n_rows", "n_tokens", "chunk_size", "n_chunks", "n_most"])
+@triton.jit(do_not_specialize=["n_memories", "n_rows", "n_tokens", "chunk_size", "n_chunks", "n_most", "n_most_pieces"])
 def key_chain_kernel(
     q,  # (M,R,T,H,K)
     keys,  # in and out (n_chunks + 1,M,H,2,n,K/2), or (1,M,H,2,n,K/2) if not KEEP
@@ -28,6 +28,9 @@ def key_chain_kernel(
     places,  # scratch (M,H,2,n,n_most) int8, zero before and after; STEP only
     listing,  # scratch (M,H,2,n,n_most) int32, STEP only
     counts,  # scratch (M,H,2,n) int32, STEP only
+    pulls,  # scratch (M,H,2,n_most_pieces,K/2)
+    totals,  # scratch (M,H,2,n_most_pieces)
+    base_totals,  # scratch (M,H,2,n_most_pieces)
     arrived,  # of :func:`meetings`
     lr,
     address_weight,
@@ -37,6 +40,7 @@ def key_chain_kernel(
     chunk_size,
     n_chunks,
     n_most,
+    n_most_pieces,
     HEADS: tl.constexpr,
     SUBKEYS: tl.constexpr,
     HALF: tl.constexpr,
@@ -49,10 +53,13 @@ def key_chain_kernel(
     RANK_S: tl.constexpr,
     RANK_N: tl.constexpr,
     RANK_D: tl.constexpr,
+    RANK_STAGES: tl.constexpr,
     ROWS: tl.constexpr,
     ROW_D: tl.constexpr,
     LIST_U: tl.constexpr,
     LIST_Q: tl.constexpr,
+    PULL_U: tl.constexpr,
+    PULL_L: tl.constexpr,
     STEP_U: tl.constexpr,
     STEP_E: tl.constexpr,
     STEP_D: tl.constexpr,
@@ -72,7 +79,7 @@ def key_chain_kernel(
         for tile in range(program, n_rank_tiles(n_memories, n_queries, HEADS, SUBKEYS, RANK_S, RANK_N), n_together):
             rank_tile(
                 tile, q, now, ranks, n_rows, n_chunk, n_tokens, start, HEADS, SUBKEYS, HALF, IDW,
-                RANK_S, RANK_N, RANK_D,
+                RANK_S, RANK_N, RANK_D, RANK_STAGES,
             )  # fmt: skip
         n_meetings += 1
         meet(arrived, n_meetings, TIMED)
@@ -100,13 +107,22 @@ def key_chain_kernel(
             then = now
             if KEEP:
                 then = now + n_memories.to(tl.int64) * (2 * HEADS * SUBKEYS * HALF)
-            for tile in range(program, tl.cdiv(n_memories * (2 * HEADS * SUBKEYS), STEP_U), n_together):
+            n_tables = n_memories * (2 * HEADS)
+            first_table, lane, n_lanes = table_lane(n_tables)
+            for table in range(first_table, n_tables, n_together):
+                pull_pieces(
+                    table, lane, n_lanes, q, listing, counts, indices, measures, probabilities, used, probabilities,
+                    probabilities, pulls, totals, base_totals, lr, address_weight, n_queries * HEADS, n_most,
+                    n_most_pieces, n_rows, n_chunk, n_tokens, start, HEADS, SUBKEYS, HALF, TOP_K,
+                    IDW, True, False, IDW_EPS, ENTROPY_EPS, PULL_U, PULL_L, STEP_D, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
+            n_meetings += 1
+            meet(arrived, n_meetings, TIMED)
+
+            for tile in range(program, tl.cdiv(n_tables * SUBKEYS, STEP_U), n_together):
                 step_subkeys(
-                    tile, q, now, now, listing, counts, indices, measures, probabilities, used, probabilities,
-                    probabilities, then, lr, address_weight, n_queries * HEADS, n_most,
-                    n_memories, n_rows, n_chunk, n_tokens, start,
-                    HEADS, SUBKEYS, HALF, TOP_K, IDW, True, False, IDW_EPS, ENTROPY_EPS,
-                    STEP_U, STEP_E, STEP_D, BLOCK_K,
+                    tile, now, now, counts, pulls, totals, base_totals, then, n_most_pieces, n_memories,
+                    HEADS, SUBKEYS, HALF, IDW, False, PULL_L, STEP_U, STEP_E, STEP_D, BLOCK_N,
                 )  # fmt: skip
             now = then
             n_meetings += 1
@@ -140,17 +156,20 @@ def key_chain(
     n_most = n_rows * min(chunk_size, n_tokens)
     n_half_queries = n_memories * n_most * n_heads * 2
     n_lists = n_memories * n_heads * 2 * n_subkeys
+    assert max(n_lists * n_most, measures.numel()) < 2**31, "accesses of a chunk are counted in 32 bits"
     step = address_weight != 0
     block_n, block_k = triton.next_power_of_2(n_subkeys), triton.next_power_of_2(top_k)
     programs = n_programs(q, PROGRAMS)
-    rank_s, rank_n = rank_tile_sizes(n_half_queries, n_subkeys)
+    rank_s, rank_n, rank_stages = rank_tile_sizes(n_half_queries, n_subkeys)
     rows = row_tile_size(n_half_queries, block_n, programs)
     list_u, list_q = list_tile_sizes(n_most)
-    step_u, step_e, step_d = step_tile_sizes(half_dim)
+    tiles = step_tiles(n_most, half_dim)
+    most_pieces = n_most_pieces(n_most, n_subkeys, top_k, tiles)
+    n_sums = n_memories * n_heads * 2 * most_pieces if step else 0
     counts = indices.new_empty(n_lists)
     n_chunks = triton.cdiv(n_tokens, chunk_size)
     arrived, timed = meetings(
-        q, "key_chain", n_chunks, ("rank", "address", "list", "step") if step else ("rank", "address")
+        q, "key_chain", n_chunks, ("rank", "address", "list", "pull", "step") if step else ("rank", "address")
     )
     launch(
         key_chain_kernel,
@@ -158,8 +177,10 @@ def key_chain(
         *(q, keys, indices, measures, probabilities, mean, q.new_empty(n_half_queries * n_subkeys)),
         indices.new_zeros(n_lists * n_most if step else 0, dtype=torch.int8),
         indices.new_empty(n_lists * n_most if step else 0),
-        *(counts, arrived, float(lr), float(address_weight)),
-        *(n_memories, n_rows, n_tokens, chunk_size, n_chunks, n_most),
+        counts,
+        *(q.new_empty(n_sums * half_dim), q.new_empty(n_sums), q.new_empty(n_sums)),
+        *(arrived, float(lr), float(address_weight)),
+        *(n_memories, n_rows, n_tokens, chunk_size, n_chunks, n_most, most_pieces),
         HEADS=n_heads,
         SUBKEYS=n_subkeys,
         HALF=half_dim,
@@ -172,13 +193,16 @@ def key_chain(
         RANK_S=rank_s,
         RANK_N=rank_n,
         RANK_D=32 if half_dim > 16 else 16,
+        RANK_STAGES=rank_stages,
         ROWS=rows,
         ROW_D=row_width(rows, block_k, half_dim),
         LIST_U=list_u,
         LIST_Q=list_q,
-        STEP_U=step_u,
-        STEP_E=step_e,
-        STEP_D=step_d,
+        PULL_U=tiles.pull_u,
+        PULL_L=tiles.pull_l,
+        STEP_U=tiles.step_u,
+        STEP_E=tiles.step_e,
+        STEP_D=tiles.width,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         TIMED=timed,

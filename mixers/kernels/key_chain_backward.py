@@ -10,13 +10,24 @@ from torch import Tensor
 from mixers.kernels.barrier import begin, meet, meetings, n_programs
 from mixers.kernels.key_backward import direction_rows, gradient_rows
 from mixers.kernels.key_chain import PROGRAMS, row_tile_size, row_width
-from mixers.kernels.key_step import ENTROPY_EPS, step_subkeys, step_tile_sizes
+from mixers.kernels.key_step import ENTROPY_EPS, n_most_pieces, pull_pieces, step_subkeys, step_tiles, table_lane
 from mixers.kernels.launch import launch
 from mixers.kernels.use import list_tile_sizes, list_uses
 from mixers.product_keys import IDW_EPS
 
 
-@triton.jit(do_not_specialize=["n_memories", "n_rows", "n_tokens", "chunk_size", "n_chunks", "n_most", "last_step"])
+@triton.jit(
+    do_not_specialize=[
+        "n_memories",
+        "n_rows",
+        "n_tokens",
+        "chunk_size",
+        "n_chunks",
+        "n_most",
+        "n_most_pieces",
+        "last_step",
+    ]
+)
 def key_chain_backward_kernel(
     q,  # (M,R,T,H,K)
     keys,  # (n_chunks + 1,M,H,2,n,K/2), or (1,M,H,2,n,K/2) if not STEP
@@ -35,6 +46,9 @@ def key_chain_backward_kernel(
     places,  # scratch (M,H,2,n,n_most) int8, zero before and after
     listing,  # scratch (M,H,2,n,n_most) int32
     counts,  # scratch (M,H,2,n) int32
+    pulls,  # scratch (M,H,2,n_most_pieces,K/2)
+    totals,  # scratch (M,H,2,n_most_pieces)
+    base_totals,  # scratch (M,H,2,n_most_pieces)
     arrived,  # of :func:`meetings`
     lr,
     address_weight,
@@ -44,6 +58,7 @@ def key_chain_backward_kernel(
     chunk_size,
     n_chunks,
     n_most,
+    n_most_pieces,
     last_step,
     HEADS: tl.constexpr,
     SUBKEYS: tl.constexpr,
@@ -57,9 +72,12 @@ def key_chain_backward_kernel(
     ROW_D: tl.constexpr,
     LIST_U: tl.constexpr,
     LIST_Q: tl.constexpr,
+    PULL_U: tl.constexpr,
+    PULL_L: tl.constexpr,
     STEP_U: tl.constexpr,
     STEP_E: tl.constexpr,
     STEP_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TIMED: tl.constexpr,
 ):
@@ -108,16 +126,25 @@ def key_chain_backward_kernel(
         meet(arrived, n_meetings, TIMED)
 
         if chunk >= last_step:
-            for tile in range(program, tl.cdiv(n_memories * (2 * HEADS * SUBKEYS), STEP_U), n_together):
-                step_subkeys(
-                    tile, q, d_keys, now, listing, counts, indices, measures, probabilities, used, coefficients,
-                    later_coefficients, d_keys, lr, address_weight, n_queries * HEADS, n_most,
-                    n_memories, n_rows, n_chunk, n_tokens, start,
-                    HEADS, SUBKEYS, HALF, TOP_K, IDW, False, IDW and STEP, IDW_EPS, ENTROPY_EPS,
-                    STEP_U, STEP_E, STEP_D, BLOCK_K,
+            n_tables = n_memories * (2 * HEADS)
+            first_table, lane, n_lanes = table_lane(n_tables)
+            for table in range(first_table, n_tables, n_together):
+                pull_pieces(
+                    table, lane, n_lanes, q, listing, counts, indices, measures, probabilities, used, coefficients,
+                    later_coefficients, pulls, totals, base_totals, lr, address_weight, n_queries * HEADS, n_most,
+                    n_most_pieces, n_rows, n_chunk, n_tokens, start, HEADS, SUBKEYS, HALF, TOP_K,
+                    IDW, False, IDW and STEP, IDW_EPS, ENTROPY_EPS, PULL_U, PULL_L, STEP_D, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
-        n_meetings += 1
-        meet(arrived, n_meetings, TIMED)
+            n_meetings += 1
+            meet(arrived, n_meetings, TIMED)
+
+            for tile in range(program, tl.cdiv(n_tables * SUBKEYS, STEP_U), n_together):
+                step_subkeys(
+                    tile, d_keys, now, counts, pulls, totals, base_totals, d_keys, n_most_pieces, n_memories,
+                    HEADS, SUBKEYS, HALF, IDW, IDW and STEP, PULL_L, STEP_U, STEP_E, STEP_D, BLOCK_N,
+                )  # fmt: skip
+            n_meetings += 1
+            meet(arrived, n_meetings, TIMED)
 
 
 def key_chain_backward(
@@ -148,22 +175,27 @@ def key_chain_backward(
     n_subkeys, half_dim, top_k = keys.shape[4], keys.shape[5], indices.shape[-1]
     n_most = n_rows * min(chunk_size, n_tokens)
     n_lists = n_memories * n_heads * 2 * n_subkeys
+    assert max(n_lists * n_most, measures.numel()) < 2**31, "accesses of a chunk are counted in 32 bits"
     block_k = triton.next_power_of_2(top_k)
     programs = n_programs(q, PROGRAMS)
     rows = row_tile_size(n_memories * n_most * n_heads * 2, max(128, 32 * block_k), programs)
     list_u, list_q = list_tile_sizes(n_most)
-    step_u, step_e, step_d = step_tile_sizes(half_dim)
+    tiles = step_tiles(n_most, half_dim)
+    most_pieces = n_most_pieces(n_most, n_subkeys, top_k, tiles)
+    n_sums = n_memories * n_heads * 2 * most_pieces
     scratch = [torch.empty_like(d_half) for _ in range(4)]
     n_chunks = triton.cdiv(n_tokens, chunk_size)
-    arrived, timed = meetings(q, "key_chain_backward", n_chunks, ("direction", "list", "gradient", "step"))
+    arrived, timed = meetings(q, "key_chain_backward", n_chunks, ("direction", "list", "gradient", "pull", "step"))
     launch(
         key_chain_backward_kernel,
         (programs,),
         *(q, keys, d_keys, indices, measures, probabilities, d_half, mean, d_q, *scratch),
         *(q.new_empty(n_memories * 2 * n_subkeys), indices.new_zeros(n_lists * n_most, dtype=torch.int8)),
-        *(indices.new_empty(n_lists * n_most), indices.new_empty(n_lists), arrived),
+        *(indices.new_empty(n_lists * n_most), indices.new_empty(n_lists)),
+        *(q.new_empty(n_sums * half_dim), q.new_empty(n_sums), q.new_empty(n_sums)),
+        arrived,
         *(float(lr), float(address_weight), n_memories, n_rows, n_tokens, chunk_size),
-        *(n_chunks, n_most, 0 if needs_keys else 1),
+        *(n_chunks, n_most, most_pieces, 0 if needs_keys else 1),
         HEADS=n_heads,
         SUBKEYS=n_subkeys,
         HALF=half_dim,
@@ -176,9 +208,12 @@ def key_chain_backward(
         ROW_D=row_width(rows, block_k, half_dim),
         LIST_U=list_u,
         LIST_Q=list_q,
-        STEP_U=step_u,
-        STEP_E=step_e,
-        STEP_D=step_d,
+        PULL_U=tiles.pull_u,
+        PULL_L=tiles.pull_l,
+        STEP_U=tiles.step_u,
+        STEP_E=tiles.step_e,
+        STEP_D=tiles.width,
+        BLOCK_N=triton.next_power_of_2(n_subkeys),
         BLOCK_K=block_k,
         TIMED=timed,
         num_warps=4,

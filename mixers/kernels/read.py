@@ -27,6 +27,13 @@ def read_token(
     v_index = tl.arange(0, BLOCK_V)
     inside = v_index < VALUE
     first_row = memory.to(tl.int64) * n_table
+    if WRITE:
+        # Asked for before the rows, which take longest.
+        writes = query % n_chunk + lookahead < n_chunk
+        # Not ``inside & writes``: of a block and a scalar some of triton's interpreters make no mask.
+        pair = v_index < tl.where(writes, VALUE, 0)
+        target = tl.load(v + (token + lookahead) * VALUE + v_index, pair, 0.0)
+        token_weight = tl.load(pair_weight + token)
     read = tl.zeros((BLOCK_V,), dtype=table.dtype.element_ty)
     for first in range(0, N_READ, BLOCK_J):
         j = first + tl.arange(0, BLOCK_J)
@@ -38,15 +45,10 @@ def read_token(
         read += tl.sum(weight[:, None] * rows, axis=0)
     tl.store(out + token * VALUE + v_index, read, inside)
     if WRITE:
-        writes = query % n_chunk + lookahead < n_chunk
-        # Not ``inside & writes``: of a block and a scalar some of triton's interpreters make no mask.
-        pair = v_index < tl.where(writes, VALUE, 0)
-        target = tl.load(v + (token + lookahead) * VALUE + v_index, pair, 0.0)
         difference = tl.where(pair, read - target, 0.0)
-        weight = tl.load(pair_weight + token)
         scratch = (memory.to(tl.int64) * n_rows * n_chunk + query) * VALUE
-        tl.store(error + scratch + v_index, weight * difference, inside)
-        tl.store(squared_error + token, weight * (tl.sum(difference * difference, axis=0) / VALUE))
+        tl.store(error + scratch + v_index, token_weight * difference, inside)
+        tl.store(squared_error + token, token_weight * (tl.sum(difference * difference, axis=0) / VALUE))
 
 
 @triton.jit(do_not_specialize=["n_table", "n_rows", "n_chunk", "n_tokens", "start"])

@@ -45,6 +45,7 @@ def token_backward(
     target = tl.load(v + (token + lookahead) * VALUE + v_index, written, 0.0)
     difference = tl.load(read + token * VALUE + v_index, written, 0.0) - target
     token_weight = tl.load(pair_weight + token)
+    d_row = tl.load(d_out + token * VALUE + v_index, inside, 0.0)
     error = tl.where(written, token_weight * difference, 0.0)
     d_error = tl.zeros((BLOCK_V,), dtype=dtype)
     on_weights = tl.zeros((ALL_J,), dtype=dtype)
@@ -62,7 +63,7 @@ def token_backward(
         on_weight = factor * tl.sum(rows * error[None, :], axis=1)
         on_weights += tl.sum(tl.where(all_j[:, None] == j[None, :], on_weight[None, :], 0.0), axis=1)
     step = tl.where(written, token_weight * d_error, 0.0)
-    d_row = tl.load(d_out + token * VALUE + v_index, inside, 0.0) + step
+    d_row += step
     tl.store(d_v + (token + lookahead) * VALUE + v_index, -step, written)
     tl.store(d_pair_weight + token, tl.sum(d_error * difference, axis=0))
     scratch = (memory.to(tl.int64) * n_rows * n_chunk + query) * VALUE

@@ -12,7 +12,7 @@ from mixers.kernels.chunk import token_of
 def rank_tile(
     tile, q, keys, ranks, n_rows, n_chunk, n_tokens, start,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, IDW: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write one of the :func:`n_rank_tiles` tiles of a chunk's ``ranks`` (M,S,H,2,n): the higher, the nearer.
 
@@ -37,7 +37,7 @@ def rank_tile(
 
     rank = tl.zeros((BLOCK_S, BLOCK_N), dtype=dtype)
     squares = tl.zeros((BLOCK_N, BLOCK_D), dtype=dtype)
-    for first in range(0, HALF, BLOCK_D):
+    for first in tl.range(0, HALF, BLOCK_D, num_stages=STAGES):
         d = first + tl.arange(0, BLOCK_D)
         inside = d < HALF
         q_tile = tl.load(q + q_row[:, None] * HALF + d[None, :], exists[:, None] & inside[None, :], 0.0)
@@ -60,11 +60,12 @@ def n_rank_tiles(
     return n_memories * (2 * HEADS) * tl.cdiv(n_queries, BLOCK_S) * ((SUBKEYS + BLOCK_N - 1) // BLOCK_N)
 
 
-def rank_tile_sizes(n_half_queries: int, n_subkeys: int) -> tuple[int, int]:
-    """Queries and sub-keys of a tile: tensor cores like 64 x 128, but a small chunk needs tiles for all processors."""
+def rank_tile_sizes(n_half_queries: int, n_subkeys: int) -> tuple[int, int, int]:
+    """Queries and sub-keys of a tile: tensor cores like 64 x 128, but a small chunk needs tiles for all processors.
+    And how many steps ahead it loads: a program has one small tile, and nothing else to do while it waits."""
     if n_subkeys <= 32:
-        return 32, max(16, triton.next_power_of_2(n_subkeys))
-    return (64, 128) if n_half_queries * n_subkeys >= 2**21 and n_subkeys > 64 else (32, 64)
+        return 32, max(16, triton.next_power_of_2(n_subkeys)), 4
+    return (64, 128, 4) if n_half_queries * n_subkeys >= 2**21 and n_subkeys > 64 else (32, 64, 8)
 
 
 @triton.jit

@@ -41,6 +41,8 @@ def step_positions(
     target = tl.load(row + position, exists, 0)
     access = tl.load(order + position, exists, 0)
     weight = tl.load(weights + access, exists, 0.0)
+    if MEAN:
+        rate = tl.load(scale + target // n_table, exists, 0.0) / tl.maximum(count, 1).to(weight.dtype)
     n_most = tl.max(tl.where(starts, count, 0), axis=0)
     written = starts
     if TOUCH:
@@ -74,7 +76,6 @@ def step_positions(
                 step += tl.sum(tl.reshape(more[:, None] * rows, (BLOCK_G, BLOCK_E, BLOCK_V)), axis=1)
                 done += BLOCK_E
         if MEAN:
-            rate = tl.load(scale + target // n_table, exists, 0.0) / tl.maximum(count, 1).to(step.dtype)
             step = step * rate[:, None]
         if KEEP:
             tl.store(overwritten + position[:, None] * VALUE + v_index[None, :], old, inside)

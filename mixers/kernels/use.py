@@ -5,8 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mixers.kernels.chunk import token_of
-
 
 @triton.jit
 def list_uses(
@@ -32,26 +30,29 @@ def list_uses(
         half_head = head * 2 + half
         list_row = (memory * (2 * HEADS) + half_head).to(tl.int64) * SUBKEYS + subkey
         n_listed = tl.zeros((BLOCK_U,), dtype=tl.int32)
+        # 32 bits hold the offsets of a chunk, see the launchers; there are n S of them, so that they set the pace.
+        at_list = (list_row * n_most).to(tl.int32)
+        at_memory = memory * (n_rows * n_tokens * (2 * HEADS * TOP_K)) + half_head * TOP_K - 1
         for first in range(0, n_queries, BLOCK_Q):
             query = first + tl.arange(0, BLOCK_Q)
-            at = places + list_row[:, None] * n_most + query[None, :]
-            place = tl.load(at, real[:, None] & (query < n_queries)[None, :], 0).to(tl.int32)
+            token = query // n_chunk * n_tokens + start + query % n_chunk
+            at = at_list[:, None] + query[None, :]
+            place = tl.load(places + at, real[:, None] & (query < n_queries)[None, :], 0).to(tl.int32)
             listed = place > 0
             flag = listed.to(tl.int32)
             position = n_listed[:, None] + tl.cumsum(flag, axis=1) - flag
-            token = token_of(query[None, :], memory[:, None], n_rows, n_chunk, n_tokens, start)
-            entry = (token * (2 * HEADS) + half_head[:, None]) * TOP_K + place - 1
+            entry = at_memory[:, None] + (token * (2 * HEADS * TOP_K))[None, :] + place
             used += tl.sum(tl.load(shares + entry, listed, 0.0), axis=1)
-            access = query[None, :] * TOP_K + place - 1
-            tl.store(listing + list_row[:, None] * n_most + position, access, listed)
+            access = (query * TOP_K - 1)[None, :] + place
+            tl.store(listing + at_list[:, None] + position, access, listed)
             n_listed += tl.sum(flag, axis=1)
             # All threads have loaded before any sets back.
             tl.debug_barrier()
-            tl.store(at, tl.zeros(place.shape, dtype=tl.int8), listed)
+            tl.store(places + at, tl.zeros(place.shape, dtype=tl.int8), listed)
         tl.store(counts + list_row, n_listed, real)
     tl.store(mean + row, used / (n_queries * HEADS), real)
 
 
 def list_tile_sizes(n_queries: int) -> tuple[int, int]:
-    """Sub-keys and queries that a program looks at together: at most 4096 bytes."""
-    return 4, max(16, min(512, triton.next_power_of_2(n_queries)))
+    """Sub-keys and queries that a program looks at together: few enough for their registers."""
+    return 4, max(16, min(256, triton.next_power_of_2(n_queries)))

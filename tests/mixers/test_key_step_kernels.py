@@ -15,12 +15,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("score", ["idw", "dot"])
 def test_long_lists(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from mixers.kernels import key_chain
-    from mixers.kernels.key_step import ENTROPY_EPS
+    from mixers.kernels.key_step import ENTROPY_EPS, StepTiles
     from mixers.product_keys import IDW_EPS
 
     # Tiles smaller than what they are used for: several lists, queries and accesses one after the other.
     monkeypatch.setattr(key_chain, "list_tile_sizes", lambda n_queries: (4, 16))
-    monkeypatch.setattr(key_chain, "step_tile_sizes", lambda half_dim: (4, 4, 2))
+    monkeypatch.setattr(key_chain, "step_tiles", lambda n_queries, half_dim: StepTiles(2, 4, 2, 2, 2))
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> torch.Tensor:
