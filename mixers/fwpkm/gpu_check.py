@@ -1,7 +1,7 @@
 """Check the Triton implementation against the readable one, then time it: python -m mixers.fwpkm.gpu_check [--json].
 
 With TRITON_INTERPRET=1 and no GPU the check runs in triton's interpreter, in float64, and nothing is timed.
-Exit code 1 when a check fails. Beside the measured time of each kernel stands the predicted one, see PREDICTED.
+Exit code 1 when a check fails. Beside the measured time of each step of a chain stands the predicted one, PREDICTED.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from mixers.fwpkm.reference import ChunkOptions
 from mixers.fwpkm.reference import write_chunks as write_readable
 from mixers.fwpkm.triton_chunks import write_chunks as write_triton
+from mixers.kernels.barrier import timed_meetings
 from mixers.kernels.weighted_rows import weighted_rows
 from mixers.product_keys import read
 
@@ -33,30 +34,36 @@ CASES = [
 ]
 
 
-# Predicted milliseconds of all launches of a kernel at the timed sizes (float32, n=512, H=1, k=8, K=V=512, one shared
-# memory): bytes over 4 TB/s of memory or 5.5 TB/s of L2 cache, 250 TFLOP/s for tf32 products, about 3 us a launch for
-# its start and the loads that wait for one another.
+# Predicted milliseconds of every step of the chains, all chunks together, at the timed sizes on an H100 (float32, n=512,
+# H=1, k=8, K=V=512, one shared memory): bytes over 3 TB/s of memory or 5.5 TB/s of L2 cache, 250 TFLOP/s for tf32 products,
+# and about 1.2 us for each meeting of the programs.
 PREDICTED = {
     # 8 x 4096 tokens, C=512: 8 chunks of 4096 queries.
-    "train_kernels": {
-        "update_kernel": 0.65,  # 3 rows of 2 KB per touched row forward, 2 backward: 190 and 127 MB a chunk
-        "read_backward_kernel": 0.36,  # 170 MB a chunk
-        "address_kernel": 0.40,  # 16 maxima of 512, one after the other
-        "step_keys_kernel": 0.26,  # 67 MB a chunk from the L2 cache
-        "rank_subkeys_kernel": 0.24,  # 3 x 2.1 GFLOP a chunk
-        "read_kernel": 0.20,  # 92 MB a chunk
-        "key_gradients_kernel": 0.20,  # 134 MB a chunk from the L2 cache
-        "key_direction_kernel": 0.20,  # the same
-        "mean_use_kernel": 0.16,  # 34 million comparisons a chunk
+    "train_steps": {
+        "key_chain.rank": 0.20,  # 3 x 2.1 GFLOP a chunk
+        "key_chain.address": 0.10,  # 4 tiles of 8 half queries a program, 3 us each
+        "key_chain.list": 0.03,  # 4 MB of places a chunk
+        "key_chain.pull": 0.12,  # 67 MB a chunk from the L2 cache
+        "key_chain.step": 0.04,
+        "value_chain.read": 0.25,  # 92 MB a chunk
+        "value_chain.step": 0.50,  # 190 MB a chunk
+        "value_chain_backward.token": 0.40,  # 150 MB a chunk
+        "value_chain_backward.step": 0.23,  # 85 MB a chunk
+        "key_chain_backward.direction": 0.09,  # 134 MB of a chunk from the L2 cache, each at most once a processor
+        "key_chain_backward.list": 0.03,
+        "key_chain_backward.gradient": 0.09,
+        "key_chain_backward.pull": 0.12,
+        "key_chain_backward.step": 0.04,
     },
-    # 131072 tokens, C=512: 256 chunks of 512 queries, where starts and waits outweigh bytes.
-    "prefill_128k_kernels": {
-        "address_kernel": 2.8,
-        "rank_subkeys_kernel": 2.3,
-        "update_kernel": 2.0,
-        "read_kernel": 1.5,
-        "step_keys_kernel": 1.5,
-        "mean_use_kernel": 1.3,
+    # 131072 tokens, C=512: 256 chunks of 512 queries, where waits outweigh bytes.
+    "prefill_128k_steps": {
+        "key_chain.rank": 1.0,
+        "key_chain.address": 1.2,
+        "key_chain.list": 0.64,
+        "key_chain.pull": 1.3,
+        "key_chain.step": 1.0,
+        "value_chain.read": 0.95,
+        "value_chain.step": 1.3,
     },
 }
 
@@ -202,6 +209,17 @@ def kernel_times(operation: Callable[[], object]) -> dict[str, dict[str, float]]
     return dict(sorted(rows.items(), key=lambda item: -item[1]["ms"])[:24])
 
 
+def step_times(operation: Callable[[], object]) -> dict[str, dict[str, float]]:
+    """Milliseconds between the meetings of the chains' programs, summed over the chunks, by "kernel.step"."""
+    with timed_meetings():
+        operation()
+    torch.cuda.synchronize()
+    with timed_meetings() as found:
+        operation()
+        torch.cuda.synchronize()
+    return {f"{kernel}.{step}": {"ms": round(ms, 4)} for kernel, steps in found.items() for step, ms in steps.items()}
+
+
 def extra_bytes(operation: Callable[[], object]) -> int:
     """Device memory that a call needs on top of what is allocated when it starts, its result included."""
     torch.cuda.synchronize()
@@ -221,8 +239,8 @@ def timings() -> dict[str, object]:
     values = torch.randn(1, 512**2, 512, device="cuda") * 512**-0.5
     for part in (_time_copy, _time_training, _time_prefill, _time_static_read):
         for name, value in part(keys, values):
-            for kernel, predicted in PREDICTED.get(name, {}).items():
-                value.setdefault(kernel, {})["predicted_ms"] = predicted
+            for step, predicted in PREDICTED.get(name, {}).items():
+                value.setdefault(step, {})["predicted_ms"] = predicted
             found[name] = value
             print(f"{name}: {value}", file=sys.stderr, flush=True)
         torch.cuda.empty_cache()
@@ -259,6 +277,7 @@ def _time_training(keys: Tensor, values: Tensor) -> Measured:
     yield "train_ms", milliseconds(train)
     yield "train_extra_GB", extra_bytes(train) / 1e9
     yield "train_kernels", kernel_times(train)
+    yield "train_steps", step_times(train)
     yield "deterministic", all(torch.equal(a, b) for a, b in zip(train(), train(), strict=True))
     yield "forward_graph_ms", milliseconds(captured(infer))
     yield "train_graph_ms", milliseconds(captured(train))
@@ -273,6 +292,7 @@ def _time_prefill(keys: Tensor, values: Tensor) -> Measured:
 
     yield "prefill_128k_ms", milliseconds(infer, repeats=5)
     yield "prefill_128k_kernels", kernel_times(infer)
+    yield "prefill_128k_steps", step_times(infer)
     yield "prefill_128k_graph_ms", milliseconds(captured(infer), repeats=5)
 
 

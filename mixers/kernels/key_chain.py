@@ -160,10 +160,10 @@ def key_chain(
     step = address_weight != 0
     block_n, block_k = triton.next_power_of_2(n_subkeys), triton.next_power_of_2(top_k)
     programs = n_programs(q, PROGRAMS)
-    rank_s, rank_n, rank_stages = rank_tile_sizes(n_half_queries, n_subkeys)
+    rank_s, rank_n, rank_stages = rank_tile_sizes(n_subkeys)
     rows = row_tile_size(n_half_queries, block_n, programs)
     list_u, list_q = list_tile_sizes(n_most)
-    tiles = step_tiles(n_most, half_dim)
+    tiles = step_tiles(half_dim)
     most_pieces = n_most_pieces(n_most, n_subkeys, top_k, tiles)
     n_sums = n_memories * n_heads * 2 * most_pieces if step else 0
     counts = indices.new_empty(n_lists)

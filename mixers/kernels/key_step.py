@@ -182,10 +182,9 @@ class StepTiles(NamedTuple):
     step_e: int
 
 
-def step_tiles(n_queries: int, half_dim: int) -> StepTiles:
-    """At most 8192 elements a tile: short pieces where lists are short, and few to add up where they are long."""
-    width = min(256, triton.next_power_of_2(half_dim))
-    return StepTiles(2, 16, width, 4, 8) if n_queries <= 1024 else StepTiles(1, 32, width, 1, 32)
+def step_tiles(half_dim: int) -> StepTiles:
+    """At most 8192 elements a tile."""
+    return StepTiles(2, 16, min(256, triton.next_power_of_2(half_dim)), 4, 8)
 
 
 def n_most_pieces(n_queries: int, n_subkeys: int, top_k: int, tiles: StepTiles) -> int:

@@ -60,12 +60,9 @@ def n_rank_tiles(
     return n_memories * (2 * HEADS) * tl.cdiv(n_queries, BLOCK_S) * ((SUBKEYS + BLOCK_N - 1) // BLOCK_N)
 
 
-def rank_tile_sizes(n_half_queries: int, n_subkeys: int) -> tuple[int, int, int]:
-    """Queries and sub-keys of a tile: tensor cores like 64 x 128, but a small chunk needs tiles for all processors.
-    And how many steps ahead it loads: a program has one small tile, and nothing else to do while it waits."""
-    if n_subkeys <= 32:
-        return 32, max(16, triton.next_power_of_2(n_subkeys)), 4
-    return (64, 128, 4) if n_half_queries * n_subkeys >= 2**21 and n_subkeys > 64 else (32, 64, 8)
+def rank_tile_sizes(n_subkeys: int) -> tuple[int, int, int]:
+    """Queries and sub-keys of a tile, and how many steps ahead a program loads them."""
+    return (64, 64, 6) if n_subkeys > 32 else (32, max(16, triton.next_power_of_2(n_subkeys)), 4)
 
 
 @triton.jit
