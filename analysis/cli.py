@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from experiments.cli import runs_option
-from experiments.errors import UserError
+from experiments.errors import UserError, nearest
 from experiments.paths import runs_root, tracking_uri
 
 
@@ -19,6 +19,7 @@ from experiments.paths import runs_root, tracking_uri
 @click.option("--json", "as_json", is_flag=True, help="Print a list, one object per arm and cell, and nothing else.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page that works by itself.")
 @click.option("--png", type=click.Path(path_type=Path), help="Write a figure for a paper.")
+@click.option("--baseline", metavar="ARM", default=None, help="Arm to compare each other with.  [default: all pairs]")
 @runs_option
 @click.option("--all-metrics", is_flag=True, help="Also list every report and select metric.")
 def compare(
@@ -28,6 +29,7 @@ def compare(
     as_json: bool,
     html: Path | None,
     png: Path | None,
+    baseline: str | None,
     runs_dir: str | None,
     all_metrics: bool,
 ) -> None:
@@ -38,38 +40,39 @@ def compare(
     from rich.console import Console
 
     from analysis import comparison
+    from analysis.findings import findings, json_lines
+    from analysis.findings_table import print_findings
     from analysis.notes import arm_notes, held_equal
     from analysis.runs import replicates, rows_from_records
-    from analysis.table import print_comparison
+    from analysis.table import print_comparison, print_notes
 
     saved, rows = rows_from_records(runs_root(runs_dir), sweep_name(sweep))
     y = y or saved.metric["report"]
     lines = comparison.compare(saved, rows, x, y)
     comparison.check_axis("--x", x, saved, lines)
     comparison.check_axis("--y", y, saved, lines)
+    if baseline is not None and baseline not in saved.arms:
+        raise UserError(f"--baseline {baseline!r}: sweep {saved.name!r} has no such arm{nearest(baseline, saved.arms)}")
+    found = findings(saved, rows, lines, x=x, y=y, baseline=baseline)
     if html is not None:
         from analysis.page import report_page
         from analysis.payload import payload
 
-        _write(html, "--html", report_page(payload(saved, rows, lines, x=x, y=y)).encode())
+        values = payload(saved, rows, lines, found)
+        _write(html, "--html", report_page(values).encode())
     if png is not None:
         from analysis.figures import comparison_png
 
         chance = comparison.chance_accuracy(rows)
         _write(png, "--png", comparison_png(saved, lines, x=x, y=y, chance=chance))
     if as_json:
-        click.echo(json.dumps(comparison.as_json(lines), indent=1, allow_nan=False))
+        click.echo(json.dumps(json_lines(lines, found), indent=1, allow_nan=False))
     else:
-        print_comparison(
-            Console(),
-            saved,
-            lines,
-            [held_equal(saved, replicates(rows), lines), *arm_notes(saved, rows)],
-            x=x,
-            y=y,
-            all_metrics=all_metrics,
-            chance=comparison.chance_accuracy(rows),
-        )
+        console = Console()
+        chance = comparison.chance_accuracy(rows)
+        print_comparison(console, saved, lines, x=x, y=y, all_metrics=all_metrics, chance=chance)
+        print_findings(console, saved, lines, found)
+        print_notes(console, [held_equal(saved, replicates(rows), lines), *arm_notes(saved, rows)])
     for path in (html, png):
         if path is not None:
             click.echo(f"wrote {path}", err=True)
@@ -101,11 +104,29 @@ def _write(path: Path, option: str, content: bytes) -> None:
 @runs_option
 @click.option("--store", default=None, help="Tracking store.  [default: $MLFLOW_TRACKING_URI or RUNS/mlflow.db]")
 @click.option("--static-prefix", default="", help="Path under which a proxy serves this, for example /mixlab.")
-@click.option("--allow-public", is_flag=True, help="Listen on an address that others can reach. There is no login.")
+@click.option("--auth", is_flag=True, help="Ask for a login; users see what they may read. See docs/team-server.md.")
+@click.option(
+    "--auth-store", default="", envvar="MIXLAB_AUTH_STORE", help="Database of users and roles.  [default: RUNS/auth.db]"
+)
+@click.option("--allowed-hosts", default="", help="Names by which browsers may call this, separated by commas.")
+@click.option(
+    "--artifacts", default="", help="URI of the files of runs, for example s3://...  [default: RUNS/artifacts]"
+)
+@click.option("--allow-public", is_flag=True, help="Without a login, listen where others can reach it.")
 def dashboard(
-    host: str, port: int, runs_dir: str | None, store: str | None, static_prefix: str, allow_public: bool
+    host: str,
+    port: int,
+    runs_dir: str | None,
+    store: str | None,
+    static_prefix: str,
+    auth: bool,
+    auth_store: str,
+    allowed_hosts: str,
+    artifacts: str,
+    allow_public: bool,
 ) -> None:
-    """Serve MLflow's pages and the comparison page (/compare) until Ctrl-C."""
+    """Serve MLflow's pages with ours beside them (/sweeps, /compare, /mixers) until Ctrl-C."""
+    from analysis.dashboard.login import Login
     from analysis.dashboard.server import serve
 
     root = runs_root(runs_dir)
@@ -116,6 +137,9 @@ def dashboard(
         port=port,
         static_prefix=static_prefix,
         allow_public=allow_public,
+        allowed_hosts=allowed_hosts,
+        artifacts=artifacts,
+        login=Login(auth_store or f"sqlite:///{root.resolve() / 'auth.db'}") if auth else None,
         say=click.echo,
     )
 

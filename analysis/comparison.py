@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from analysis.axes import axis, sign
@@ -76,43 +76,53 @@ def compare(saved: SavedSweep, rows: Iterable[RunRow], x: str = DEFAULT_X, y: st
     lines = [_line(saved, arm, cell, groups.get((arm, cell), [])) for arm in saved.arms for cell in saved.cells]
     x_sign, y_sign = sign(axis(x, saved.metric)), sign(axis(y, saved.metric))
     marked: dict[tuple[str, str], bool] = {}
-    for cell in saved.cells:
-        here = [line for line in lines if line.cell == cell]
+    by_cell: dict[str, list[Comparison]] = {cell: [] for cell in saved.cells}
+    for line in lines:
+        by_cell[line.cell].append(line)
+    for cell, here in by_cell.items():
         points = [(line.value(x), line.value(y)) if line.n_seeds else (None, None) for line in here]
         best = pareto(points, x_sign=x_sign, y_sign=y_sign)
         marked.update({(line.arm, cell): on_front for line, on_front in zip(here, best, strict=True)})
-    unequal = {cell: _unequal_data(groups, cell) for cell in saved.cells}
+    unequal = _unequal_data(groups)
+    trials = _trials(saved, rows)
     return [
         replace(
             line,
             pareto=marked[line.arm, line.cell],
-            notes=line.notes + unequal[line.cell],
-            trials=_trials(saved, [row for row in rows if (row.arm, row.cell) == (line.arm, line.cell)]),
+            notes=line.notes + unequal.get(line.cell, ()),
+            trials=trials.get((line.arm, line.cell), ()),
         )
         for line in lines
     ]
 
 
-def _unequal_data(groups: dict[tuple[str, str], list[RunRow]], cell: str) -> tuple[str, ...]:
-    """Notes on seeds for which the arms of a cell were not trained on the same data in the same order."""
-    notes = []
+def _unequal_data(groups: dict[tuple[str, str], list[RunRow]]) -> dict[str, tuple[str, ...]]:
+    """Notes by cell on seeds for which its arms were not trained on the same data in the same order."""
+    notes: dict[str, tuple[str, ...]] = {}
     for name, words in (("data_hash", "other data"), ("order_hash", "another order of the data")):
-        hashes: dict[int, set[str]] = {}
-        for (_, where), rows in groups.items():
-            for row in rows if where == cell else ():
-                hashes.setdefault(row.seed, set()).update({getattr(row, name)} - {""})
-        if seeds := sorted(seed for seed, found in hashes.items() if len(found) > 1):
-            notes.append(f"arms of this cell saw {words} (seeds {', '.join(map(str, seeds))})")
-    return tuple(notes)
+        hashes: dict[str, dict[int, set[str]]] = {}
+        for (_, cell), rows in groups.items():
+            for row in rows:
+                hashes.setdefault(cell, {}).setdefault(row.seed, set()).update({getattr(row, name)} - {""})
+        for cell, of_seeds in hashes.items():
+            if seeds := sorted(seed for seed, found in of_seeds.items() if len(found) > 1):
+                told = f"arms of this cell saw {words} (seeds {', '.join(map(str, seeds))})"
+                notes[cell] = (*notes.get(cell, ()), told)
+    return notes
 
 
-def _trials(saved: SavedSweep, rows: list[RunRow]) -> tuple[Trial, ...]:
-    """All tuning trials of an arm-cell. A plan read from MLflow does not say what was tuned: then what differs was."""
-    tuned = [row for row in rows if row.role == "tuning"]
+def _trials(saved: SavedSweep, rows: list[RunRow]) -> dict[tuple[str, str], tuple[Trial, ...]]:
+    """All tuning trials by arm and cell. A plan read from MLflow does not say what was tuned: then what differs was."""
+    groups: dict[tuple[str, str], list[RunRow]] = {}
+    for row in rows:
+        if row.role == "tuning":
+            groups.setdefault((row.arm, row.cell), []).append(row)
     numbers = {run.key: run.trial for run in saved.runs}
-    names = list(saved.tune) or sorted(
-        {name for row in tuned for name, value in row.settings.items() if value != tuned[0].settings.get(name)}
-    )
+    return {name: _trials_of(saved, tuned, numbers) for name, tuned in groups.items()}
+
+
+def _trials_of(saved: SavedSweep, tuned: list[RunRow], numbers: dict[str, int | None]) -> tuple[Trial, ...]:
+    names = list(saved.tune) or _differing(tuned)
     return tuple(
         Trial(
             trial=numbers.get(row.key),
@@ -124,6 +134,11 @@ def _trials(saved: SavedSweep, rows: list[RunRow]) -> tuple[Trial, ...]:
         )
         for row in tuned
     )
+
+
+def _differing(rows: list[RunRow]) -> list[str]:
+    first = rows[0].settings
+    return sorted({name for row in rows for name, value in row.settings.items() if value != first.get(name)})
 
 
 def _line(saved: SavedSweep, arm: str, cell: str, rows: list[RunRow]) -> Comparison:
@@ -213,10 +228,9 @@ def as_json(comparisons: Iterable[Comparison]) -> list[dict[str, Any]]:
     """Plain JSON values, one object per arm and cell; no NaN."""
     objects = []
     for line in comparisons:
-        values = asdict(line)
-        values["metrics"] = {
+        metrics = {
             name: {"mean": found.mean, "low": found.low, "high": found.high} for name, found in line.metrics.items()
         }
-        values["notes"] = list(line.notes)
-        objects.append(finite(values))
+        trials = [vars(trial) for trial in line.trials]
+        objects.append(finite({**vars(line), "metrics": metrics, "trials": trials}))
     return objects

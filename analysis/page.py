@@ -6,10 +6,24 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 STATIC = Path(__file__).parent / "dashboard" / "static"
-_SCRIPTS = ("format.js", "scale.js", "pareto.js", "view.js", "plot.js", "table.js", "main.js")
+COMPARE_SCRIPTS = (
+    "format.js",
+    "view.js",
+    "theme.js",
+    "live.js",
+    "scale.js",
+    "pareto.js",
+    "model.js",
+    "chooser.js",
+    "plot.js",
+    "table.js",
+    "findings.js",
+    "export.js",
+    "source.js",
+    "main.js",
+)
 
 
 def _plotly_js() -> Path:
@@ -23,23 +37,14 @@ def _plotly_js() -> Path:
 PLOTLY_JS = _plotly_js()
 
 
-def dashboard_page() -> str:
-    """The page as the server gives it: relative addresses only, so that it works under any prefix."""
-    # the size stands in for a version: it changes with every release of plotly
-    plotly = f'<script src="compare/plotly.js?v={PLOTLY_JS.stat().st_size}"></script>'
-    scripts = "\n".join(f'<script src="compare/static/{quote(name)}"></script>' for name in _SCRIPTS)
-    styles = '<link rel="stylesheet" href="compare/static/compare.css">'
-    return _filled("mixlab: compare", styles, plotly + "\n" + scripts, "null")
-
-
 def report_page(payload: dict[str, Any]) -> str:
     """The same page with data, styles, scripts and plotly inside: one file that needs no network and no server."""
     scripts = [PLOTLY_JS.read_text(encoding="utf-8")] + [
-        (STATIC / name).read_text(encoding="utf-8") for name in _SCRIPTS
+        (STATIC / name).read_text(encoding="utf-8") for name in COMPARE_SCRIPTS
     ]
     styles = f"<style>\n{(STATIC / 'compare.css').read_text(encoding='utf-8')}</style>"
     inline = "\n".join("<script>\n" + text.replace("</script", "<\\/script") + "\n</script>" for text in scripts)
-    return _filled("mixlab: comparison", styles, inline, script_json(payload))
+    return filled("compare.html", title="mixlab: comparison", styles=styles, scripts=inline, data=script_json(payload))
 
 
 def script_json(value: Any) -> str:
@@ -48,8 +53,9 @@ def script_json(value: Any) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _filled(title: str, styles: str, scripts: str, data: str) -> str:
-    page = (STATIC / "compare.html").read_text(encoding="utf-8")
+def filled(template: str, *, title: str, styles: str, scripts: str, data: str) -> str:
+    """A page of STATIC with its parts in place."""
+    page = (STATIC / template).read_text(encoding="utf-8")
     for mark, text in (("@TITLE@", title), ("@STYLES@", styles)):
         page = page.replace(mark, text, 1)
     # cut before filling: data and plotly may themselves contain a mark

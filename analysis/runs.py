@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,6 +186,7 @@ def _json_object(text: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+@lru_cache(maxsize=100_000)  # a few values fill the settings of thousands of runs
 def _parsed(text: str) -> Any:
     """MLflow keeps parameters as text; give numbers, booleans and None back."""
     words = {"None": None, "True": True, "False": False}

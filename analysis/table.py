@@ -29,14 +29,13 @@ def print_comparison(
     console: Console,
     saved: SavedSweep,
     comparisons: list[Comparison],
-    notes: Iterable[Note],
     *,
     x: str,
     y: str,
     all_metrics: bool = False,
     chance: float | None = None,
 ) -> None:
-    """Print question, tables and notes."""
+    """Print the question and a table for each cell."""
     if saved.question:
         console.print(escape(saved.question), style="bold", highlight=False)
     for cell in saved.cells:
@@ -55,6 +54,9 @@ def print_comparison(
         highlight=False,
         markup=False,
     )
+
+
+def print_notes(console: Console, notes: Iterable[Note]) -> None:
     for note in notes:
         console.print(f"{note.title}: {note.text}", style="dim", highlight=False, markup=False)
 
@@ -62,7 +64,7 @@ def print_comparison(
 def cell_table(saved: SavedSweep, cell: str, lines: list[Comparison], *, x: str, y: str) -> Table:
     contexts = {line.cost["state_context_tokens"] for line in lines if "state_context_tokens" in line.cost}
     context = f", state at {contexts.pop():,.0f} tokens" if len(contexts) == 1 else ""
-    table = _plain_table(cell + context)
+    table = plain_table(cell + context)
     table.add_column("  arm", overflow="fold", min_width=18)
     table.add_column(escape(y.replace("/", "/\n", 1)), justify="right", no_wrap=True)
     table.add_column("n", justify="right", no_wrap=True)
@@ -93,7 +95,7 @@ def _narrow(text: str) -> str:
 
 def metrics_table(cell: str, lines: list[Comparison]) -> Table:
     """Every report and select metric of a cell: a line per metric and arm, so that any number of arms fits."""
-    table = _plain_table(f"{cell}: all metrics")
+    table = plain_table(f"{cell}: all metrics")
     table.add_column("metric", overflow="fold")
     table.add_column("arm", overflow="fold")
     table.add_column("mean", justify="right", no_wrap=True)
@@ -115,7 +117,7 @@ def spread(found: Interval | None) -> str:
     return f"{found.mean:.3g}" if half is None else f"{found.mean:.3g} ±{half:.2g}"
 
 
-def _plain_table(title: str) -> Table:
+def plain_table(title: str) -> Table:
     """Without frame: the numbers need the width."""
     return Table(
         title=escape(title),

@@ -232,6 +232,7 @@ class Driver:
             runs=[run for arm_cell in self.arm_cells for run in arm_cell.saved_runs()],
             chosen={name: choice for name, choice in choices.items() if choice is not None},
             match=self.plan.match_json(),
+            definition=sweep.model_dump(mode="json", exclude_unset=True, exclude_none=True, exclude={"experiment"}),
         )
         write_saved(self.runs, saved)
 

@@ -99,7 +99,7 @@ class SweepMirror:
 
         sweep, root = self.plan.sweep, artifact_root(self.runs)
         prepare_store(self.uri, root)
-        tags = experiment_tags(sweep.question, sweep.metric.model_dump())
+        tags = experiment_tags(sweep.question, sweep.metric.model_dump()) | {"mixlab.n_runs": str(self.plan.n_runs)}
         self.experiment_id = ensure_experiment(self.uri, sweep.name, root, tags)
         with mirror_lock(self.runs / sweep.name):
             self.parents = {

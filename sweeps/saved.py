@@ -30,7 +30,8 @@ class SavedRun:
 class SavedSweep:
     """A sweep as planned. ``metric`` has select, report, direction; ``arms`` name -> pattern; ``cells`` label ->
     factors; ``chosen`` "arm | cell" -> the tuned settings and the select value that they reached;
-    ``match`` the [match] table with ``reached``, "arm | cell" -> value, target and cost. Empty without one."""
+    ``match`` the [match] table with ``reached``, "arm | cell" -> value, target and cost, empty without one;
+    ``definition`` the sweep file with experiment and overrides laid into it: it alone repeats the sweep."""
 
     name: str
     question: str
@@ -43,6 +44,7 @@ class SavedSweep:
     runs: list[SavedRun] = field(default_factory=list)
     chosen: dict[str, dict[str, Any]] = field(default_factory=dict)
     match: dict[str, Any] = field(default_factory=dict)
+    definition: dict[str, Any] = field(default_factory=dict)
 
 
 def write_saved(runs: Path, saved: SavedSweep) -> None:

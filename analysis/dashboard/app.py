@@ -1,58 +1,94 @@
-"""MLflow's server application with the comparison page added; the entry point `mixlab` of group `mlflow.app`."""
+"""MLflow's server application with our pages added; the entry points `mixlab` of group `mlflow.app`."""
 
 from __future__ import annotations
 
-import json
-from functools import cache
-from pathlib import Path
+import threading
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from flask import Flask, Response, request, send_file, send_from_directory
 
-from analysis.comparison import check_axis, compare
 from analysis.dashboard import mlflow_private
-from analysis.page import PLOTLY_JS, STATIC, dashboard_page
-from analysis.payload import payload
-from analysis.runs import find_experiment, rows_from_mlflow_runs, sweep_experiments
+from analysis.dashboard.answers import Answer, Answers, answer, respond
+from analysis.dashboard.pages import PAGES, STATIC_FILES, page
+from analysis.dashboard.store import Store, VisibleStore
+from analysis.dashboard.views import Views
+from analysis.page import PLOTLY_JS, STATIC
+from analysis.runs import find_experiment, sweep_experiments
 from experiments.errors import UserError
 from experiments.paths import runs_root
-from sweeps.saved import SavedSweep, read_saved, saved_names
 
 _YEAR_S = 365 * 24 * 3600
+# Scripts from here only, and none in the page itself: a name that became markup could still do nothing.
+# Styles may stand in the page, as plotly sets them there.
+CONTENT_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+)
+_SECURITY = {
+    "Content-Security-Policy": CONTENT_POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+}
 # above the last entries of MLflow's side bar, where it covers nothing
 LINK = (
-    '<a id="mixlab-compare" href="./compare" style="position:fixed;left:12px;bottom:96px;z-index:1000;'
+    '<a id="mixlab-compare" href="./sweeps" style="position:fixed;left:12px;bottom:96px;z-index:1000;'
     "padding:8px 14px;border-radius:8px;background:#0b5cad;color:#fff;font:600 13px system-ui,sans-serif;"
     'text-decoration:none;box-shadow:0 1px 4px rgba(0,0,0,.35)">Compare mixers</a>'
 )
 
 
 def create_app() -> Any:
-    """MLflow's application with the pages below; all of them are read-only."""
+    """MLflow's application with the pages below, for whoever can reach it; all of them are read-only."""
     app = mlflow_private.flask_app()
-    add_pages(app, mlflow_private.static_prefix())
+    add_pages(app, mlflow_private.static_prefix(), everything)
     return mlflow_private.server_app(app)
 
 
-def add_pages(app: Flask, prefix: str) -> None:
-    """Add to ``app``, all GET-only and under ``prefix``:
+def create_protected_app() -> Any:
+    """The same behind MLflow's basic authentication: a user sees the experiments that MLflow lets this user read."""
+    app = mlflow_private.flask_app()
+    routes = add_pages(app, mlflow_private.static_prefix(), mlflow_private.readable_experiments)
+    return mlflow_private.protected_app(app, routes)
 
-    /compare                          the page
-    /compare/sweeps                   names of the sweeps in the store, newest first
-    /compare/data?experiment=NAME     one sweep: what `mixlab compare --json` prints, and its runs
+
+def everything(experiment_ids: list[str]) -> list[str]:
+    """Without a login everybody may read every experiment."""
+    return experiment_ids
+
+
+def add_pages(app: Flask, prefix: str, may_read: Callable[[list[str]], list[str]]) -> list[str]:
+    """Add to ``app``, all GET-only and under ``prefix``, and give the paths added:
+
+    /sweeps, /compare, /mixers                        the pages
+    /sweeps/data                                      where every sweep stands
+    /compare/sweeps                                   names and ids of the sweeps, newest first
+    /compare/data?experiment=NAME[&x&y&tag]           one sweep: what `mixlab compare --json` prints
+    /compare/statistics?experiment=NAME[&x&y&tag]     what is inferred beside the means, and how it was made
+    /compare/runs?experiment=NAME&arm&cell[&tag]      the runs of one arm and cell
+    /compare/seeds?experiment=NAME&x&y[&tag]          two values of every replicate
+    /mixers/data[?name=NAME]                          all mixers, or one
     /compare/static/..., /compare/plotly.js
 
-    and a link to /compare on MLflow's index page.
+    and a link to /sweeps on MLflow's index page. ``may_read`` says which experiments the user of the present request
+    may see; the others are to our pages as if they were not there.
     """
-    routes = {
-        "/compare": page,
-        "/compare/sweeps": sweeps,
-        "/compare/data": data,
+    server = _Server(may_read)
+    views: dict[str, Callable[[], Response]] = {
+        "/sweeps/data": server.overview,
+        "/compare/sweeps": server.names,
+        "/compare/data": server.comparison,
+        "/compare/statistics": server.statistics,
+        "/compare/runs": server.runs,
+        "/compare/seeds": server.seeds,
+        "/mixers/data": server.mixers,
         "/compare/plotly.js": plotly_js,
-        "/compare/static/<path:name>": static_file,
+        **{f"/{name}": (lambda name=name: _page(name)) for name in PAGES},
+        **{f"/compare/static/{name}": (lambda name=name: _static(name)) for name in STATIC_FILES},
     }
-    for rule, view in routes.items():
-        app.add_url_rule(prefix + rule, f"mixlab_{view.__name__}", view, methods=["GET"])
+    for rule, view in views.items():
+        app.add_url_rule(prefix + rule, f"mixlab {rule}", view, methods=["GET"])
+    server.warm_up()
 
     @app.before_request
     def read_index_afresh() -> None:
@@ -72,57 +108,116 @@ def add_pages(app: Flask, prefix: str) -> None:
             response.headers["Cache-Control"] = "no-cache"
         return response
 
-
-def page() -> Response:
-    return Response(dashboard_page(), mimetype="text/html", headers={"Cache-Control": "no-cache"})
+    return [prefix + rule for rule in views]
 
 
-def static_file(name: str) -> Response:
-    return send_from_directory(STATIC, name, max_age=0)
+class _Server:
+    """Answers the requests of our pages."""
+
+    def __init__(self, may_read: Callable[[list[str]], list[str]]) -> None:
+        self._may_read = may_read
+        self._answers = Answers()
+        self._views = Views(runs_root())
+        self._store: Store | None = None
+        self._lock = threading.Lock()
+
+    def overview(self) -> Response:
+        store = self._visible()
+        return self._respond("overview", store, sweep_experiments(store), lambda: self._views.overview(store))
+
+    def names(self) -> Response:
+        found = sweep_experiments(self._visible())
+        return respond(answer([{"id": entry.experiment_id, "name": entry.name} for entry in found]))
+
+    def comparison(self) -> Response:
+        given = request.args
+        store, sweep, tags = self._visible(), given.get("experiment", ""), given.getlist("tag")
+        x, y = given.get("x"), given.get("y")
+        return self._of_sweep(
+            "comparison", store, sweep, (x, y, *tags), lambda: self._views.comparison(store, sweep, x, y, tags)
+        )
+
+    def statistics(self) -> Response:
+        given = request.args
+        store, sweep, tags = self._visible(), given.get("experiment", ""), given.getlist("tag")
+        x, y = given.get("x"), given.get("y")
+        return self._of_sweep(
+            "statistics", store, sweep, (x, y, *tags), lambda: self._views.statistics(store, sweep, x, y, tags)
+        )
+
+    def runs(self) -> Response:
+        given = request.args
+        store, sweep, tags = self._visible(), given.get("experiment", ""), given.getlist("tag")
+        arm, cell = given.get("arm", ""), given.get("cell", "")
+        return self._of_sweep(
+            "runs", store, sweep, (arm, cell, *tags), lambda: self._views.runs_of(store, sweep, arm, cell, tags)
+        )
+
+    def seeds(self) -> Response:
+        given = request.args
+        store, sweep, tags = self._visible(), given.get("experiment", ""), given.getlist("tag")
+        x, y = given.get("x", ""), given.get("y", "")
+        return self._of_sweep("seeds", store, sweep, (x, y, *tags), lambda: self._views.seeds(store, sweep, x, y, tags))
+
+    def mixers(self) -> Response:
+        store, name = self._visible(), request.args.get("name")
+        make = (lambda: self._views.mixers(store)) if name is None else (lambda: self._views.mixer(store, name))
+        return self._respond(("mixers", name), store, sweep_experiments(store), make)
+
+    def warm_up(self) -> None:
+        """Read the store before anybody asks; what fails then is said to whoever asks."""
+
+        def read() -> None:
+            try:
+                store = VisibleStore(self._opened(), everything)
+                for entry in sweep_experiments(store):
+                    store.runs(entry.experiment_id, params=True)
+            except Exception:  # noqa: BLE001 - boundary: a store that can't be read now may be readable later
+                return
+
+        threading.Thread(target=read, name="mixlab warm-up", daemon=True).start()
+
+    def _of_sweep(
+        self, kind: str, store: VisibleStore, sweep: str, question: Hashable, make: Callable[[], Any]
+    ) -> Response:
+        try:
+            entry = find_experiment(store, sweep)
+        except UserError as error:
+            return respond(answer({"error": str(error)}, 404))
+        return self._respond((kind, entry.experiment_id, question), store, [entry], make)
+
+    def _respond(self, question: Hashable, store: VisibleStore, about: list[Any], make: Callable[[], Any]) -> Response:
+        """``about``: the experiments that the answer depends on. With the user's view they are part of its state."""
+
+        def made() -> Answer:
+            try:
+                return answer(make())
+            except UserError as error:
+                return answer({"error": str(error)}, 404)
+
+        state = self._views.state(store, about)
+        return respond(self._answers.get((question, tuple(entry.experiment_id for entry in about)), state, made))
+
+    def _visible(self) -> VisibleStore:
+        return VisibleStore(self._opened(), self._may_read)
+
+    def _opened(self) -> Store:
+        with self._lock:
+            if self._store is None:
+                self._store = Store(mlflow_private.store_uri())
+            return self._store
+
+
+def _page(name: str) -> Response:
+    return Response(page(name), mimetype="text/html", headers={"Cache-Control": "no-cache", **_SECURITY})
+
+
+def _static(name: str) -> Response:
+    response = send_from_directory(STATIC, name, max_age=0)
+    response.headers.update(_SECURITY)
+    return response
 
 
 def plotly_js() -> Response:
     # its address carries the version, so that it may be kept for good
     return send_file(PLOTLY_JS, mimetype="text/javascript", max_age=_YEAR_S)
-
-
-def sweeps() -> Response:
-    found = sweep_experiments(_client())
-    return _json([{"id": entry.experiment_id, "name": entry.name} for entry in found])
-
-
-def data() -> Response:
-    experiment = request.args.get("experiment", "")
-    try:
-        entry = find_experiment(_client(), experiment)
-        plan = _plan_on_disk(entry.name)
-        saved, rows = rows_from_mlflow_runs(_client(), entry.name, plan)
-        x, y = request.args.get("x") or "cost/state_bytes", request.args.get("y") or saved.metric["report"]
-        lines = compare(saved, rows, x, y)
-        check_axis("x", x, saved, lines)
-        check_axis("y", y, saved, lines)
-    except UserError as error:
-        return _json({"error": str(error)}, status=404)
-    return _json(payload(saved, rows, lines, x=x, y=y, experiment_id=entry.experiment_id))
-
-
-def _plan_on_disk(sweep: str) -> SavedSweep | None:
-    """The sweep's own plan where the server runs beside the runs: it knows the order and what is still missing."""
-    runs: Path = runs_root()
-    return read_saved(runs, sweep) if sweep in saved_names(runs) else None
-
-
-@cache
-def _client() -> Any:
-    from mlflow.tracking import MlflowClient
-
-    return MlflowClient(tracking_uri=mlflow_private.store_uri())
-
-
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(
-        json.dumps(value, allow_nan=False),
-        status=status,
-        mimetype="application/json",
-        headers={"Cache-Control": "no-store"},
-    )

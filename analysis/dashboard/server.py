@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import ipaddress
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from analysis.dashboard.login import Login
 from experiments.errors import UserError
 
 _START_S = 90.0  # importing MLflow's server on a busy machine
@@ -37,27 +39,49 @@ def serve(
     port: int = 5000,
     static_prefix: str = "",
     allow_public: bool = False,
+    allowed_hosts: str = "",
+    artifacts: str = "",
+    login: Login | None = None,
     say: Callable[[str], object] = print,
 ) -> None:
     """Serve ``store`` on ``host``:``port`` until SIGINT, SIGTERM or SIGHUP; ``say`` gets the address once it answers.
 
-    Runs one server process without background jobs. Raises UserError for an address others can reach without
-    ``allow_public``, a port that is taken, a store that does not exist or can't be opened, and a server that ends.
+    Runs one server process without background jobs. ``allowed_hosts`` are the names, comma-separated, by which a
+    browser may call it; ``artifacts`` the URI under which it keeps the files of runs, RUNS/artifacts by default.
+
+    Raises UserError for an address others can reach without ``login`` or ``allow_public``, a port that is taken, a
+    store that does not exist or can't be opened, a login that can't work, and a server that ends.
     """
     prefix = _checked_prefix(static_prefix)
-    _check_host(host, allow_public)
+    is_public = _check_host(host, allow_public or login is not None)
     _check_port(host, port)
     check_store(store)
     _check_plugin()
+    if login is not None:
+        login.check()
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{port}{prefix}"
-    with tempfile.TemporaryFile() as log:
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", host, "--port", str(port)]
+    command += ["--app-name", "mixlab" if login is None else "mixlab-auth"]
+    command += ["--artifacts-destination", artifacts or (runs / "artifacts").resolve().as_uri()]
+    command += ["--static-prefix", prefix] if prefix else []
+    command += ["--allowed-hosts", allowed_hosts] if allowed_hosts else []
+    environment = {
+        **os.environ,
+        "MLFLOW_BACKEND_STORE_URI": store,  # not an argument: it may hold a password, and arguments are public
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MIXLAB_RUNS": str(runs.resolve()),
+    }
+    if is_public and login is not None:
+        say("dashboard: passwords travel as plain text to this address: put a proxy with TLS before it")
+    with tempfile.TemporaryFile() as log, login.environment() if login else contextlib.nullcontext({}) as secrets:
         handlers = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         server = None
         try:
-            server = _start(store, runs, host, port, prefix, log)
+            server = _start(command, environment | secrets, log)
             _wait_until_healthy(server, f"{address}/health", log)
-            say(f"mixlab dashboard: {address}/compare   (MLflow: {address}/)   Ctrl-C ends it")
+            say(f"mixlab dashboard: {address}/sweeps   (MLflow: {address}/)   Ctrl-C ends it")
             server.wait()
             raise UserError(f"dashboard: the server ended by itself (exit code {server.returncode}): {_last_line(log)}")
         except _Stopped:
@@ -79,7 +103,8 @@ def _checked_prefix(prefix: str) -> str:
     return prefix.rstrip("/")
 
 
-def _check_host(host: str, allow_public: bool) -> None:
+def _check_host(host: str, allow_public: bool) -> bool:
+    """Whether others can reach ``host``."""
     try:
         loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -87,8 +112,9 @@ def _check_host(host: str, allow_public: bool) -> None:
     if not loopback and not allow_public:
         raise UserError(
             f"--host {host}: others could reach this address and there is no login; "
-            "use 127.0.0.1 (and a tunnel), or say --allow-public"
+            "use 127.0.0.1 (and a tunnel), --auth for a login, or say --allow-public"
         )
+    return not loopback
 
 
 def _check_port(host: str, port: int) -> None:
@@ -144,18 +170,7 @@ def _check_plugin() -> None:
         raise UserError("dashboard: MLflow does not know the plugin `mixlab`; install this package: pip install -e .")
 
 
-def _start(store: str, runs: Path, host: str, port: int, prefix: str, log: IO[bytes]) -> subprocess.Popen[bytes]:
-    artifacts = (runs / "artifacts").resolve()
-    command = [sys.executable, "-m", "mlflow", "server", "--app-name", "mixlab", "--workers", "1"]
-    command += ["--host", host, "--port", str(port), "--artifacts-destination", artifacts.as_uri()]
-    command += ["--static-prefix", prefix] if prefix else []
-    environment = {
-        **os.environ,
-        "MLFLOW_BACKEND_STORE_URI": store,  # not an argument: it may hold a password, and arguments are public
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MIXLAB_RUNS": str(runs.resolve()),
-    }
+def _start(command: list[str], environment: dict[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
     # a session of its own: Ctrl-C reaches only us, and the whole group can be ended
     return subprocess.Popen(
         command,
@@ -183,6 +198,8 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], url: str, log: IO[bytes
         try:
             with opener.open(url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:"), timeout=2):
                 return
+        except urllib.error.HTTPError:
+            return  # it answers, be it that it does not know itself by this name
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.1)
     raise UserError(f"dashboard: the server did not answer within {_START_S:.0f} s: {_last_line(log)}")

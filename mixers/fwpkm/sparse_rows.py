@@ -63,6 +63,8 @@ def gather_dot(table: Tensor, index: Tensor, tokens: Tensor) -> Tensor:
 
 def _dots(table: Tensor, index: Tensor, tokens: Tensor, token: Tensor) -> Tensor:
     """<table[index[i]], tokens[token[i]]> (I,)."""
+    if tokens.is_cuda and tokens.element_size() < 4:  # torch has no such kernel there for narrow types
+        return torch.linalg.vecdot(table[index].float(), tokens[token].float()).to(tokens.dtype)
     sum_mode, no_padding = 0, -1
     # The offsets say how the entries fall into bags; ``token`` says the same, and is what a CPU and CUDA go by.
     offsets = token.new_zeros(tokens.shape[0])

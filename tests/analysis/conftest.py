@@ -87,7 +87,9 @@ def start_dashboard(*options: str) -> subprocess.Popen[str]:
     )
     assert process.stdout is not None
     line = process.stdout.readline()
-    assert "Ctrl-C ends it" in line, line
+    if "Ctrl-C ends it" not in line:
+        process.kill()
+        pytest.fail(line + process.communicate()[0])
     return process
 
 
@@ -150,7 +152,7 @@ class Watched(NamedTuple):
 @pytest.fixture
 def watched(browser: Any) -> Iterator[Watched]:
     page = browser.new_page()
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(30_000)
     errors: list[str] = []
     requests: list[str] = []
     page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)

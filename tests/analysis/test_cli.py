@@ -11,6 +11,8 @@ from rich.console import Console
 
 from analysis.cli import compare as command
 from analysis.comparison import compare
+from analysis.findings import findings
+from analysis.findings_table import print_findings
 from analysis.runs import rows_from_records
 from analysis.table import print_comparison
 from experiments.errors import UserError
@@ -108,7 +110,8 @@ def test_names_are_not_read_as_markup_of_the_terminal(tmp_path: Path) -> None:
     console = Console(width=220, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, closed with the console
     with console.file:
         lines = compare(saved, rows)
-        print_comparison(console, saved, lines, [], x="cost/state_bytes", y="report/accuracy", all_metrics=True)
+        print_comparison(console, saved, lines, x="cost/state_bytes", y="report/accuracy", all_metrics=True)
+        print_findings(console, saved, lines, findings(saved, rows, lines))
         text = console.export_text()
     for arm in HOSTILE:
         assert arm in text

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixers import contract, registry
-from mixers.implementations import FLA_MISSING, FLASH_ATTN_MISSING, TRITON_MISSING
+from mixers.implementations import FLA_MISSING, FLASH_ATTN_MISSING, TRITON, TRITON_MISSING
 from tests.mixers.fla_equality import skip_where_refused
 
 pytestmark = pytest.mark.cuda
@@ -27,6 +27,7 @@ FLA_CHUNK = 64
 ANY_ORDER = "sums on CUDA are taken in the order in which threads arrive"
 QUERY_BLOCKS = "softmax attention works in query blocks longer than the window, and 0 * NaN is NaN"
 ONE_PRODUCT = "all queries of a call share one product with the values, and 0 * NaN is NaN"
+WIDE_TABLES = "its kernels read tables of float32 and float64; one of bfloat16 weights is refused by name"
 # By (mixer, implementation): what such a kernel may fail, and why.
 EXCUSES: dict[tuple[str, str], dict[str, str]] = {
     ("based", "reference"): {"nan_in_future": QUERY_BLOCKS},
@@ -34,8 +35,14 @@ EXCUSES: dict[tuple[str, str], dict[str, str]] = {
     ("gated_deltanet", "fla"): {
         "twin": "fla sums the gradient of a head's decay from products of rounded factors that nearly cancel"
     },
+    ("pkm", "triton"): {"shapes": WIDE_TABLES},
+    ("peer", "triton"): {"shapes": WIDE_TABLES},
     ("fwpkm", "reference"): {"determinism": ANY_ORDER, "state_dict": ANY_ORDER},
 }
+# Wrong numbers from torch.compile of plain torch on CUDA, with this pair of versions; right with triton 3.6.
+if torch.__version__.startswith("2.11.") and TRITON is not None and TRITON >= (3, 7):
+    COMPILER = "torch 2.11's compiler, made for triton 3.6, miscomputes its running decays with triton 3.7"
+    EXCUSES |= {(name, "reference"): {"compile": COMPILER} for name in ("gla", "hgrn2")}
 
 
 def implementations(name: str) -> list[str]:

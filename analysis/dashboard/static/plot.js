@@ -1,27 +1,28 @@
 "use strict";
-// The plot: a panel per cell (or one for all), a mark per arm, its interval over seeds, and the Pareto line.
+// The plot: a panel per group of lines, a mark per line (an arm in a cell of a sweep), its interval, the Pareto fronts.
 
-// `shown` = {data, x, y (axes), xlog, ylog, cell, hidden (Set of arms), intervals, front, seeds}.
-mixlab.drawPlot = function (host, shown, onPick) {
-  const { data, x, y } = shown;
+// The colours of the page, which plotly must be told.
+mixlab.colors = function () {
   const style = getComputedStyle(document.documentElement);
-  const theme = {
-    page: style.getPropertyValue("--page").trim(), text: style.getPropertyValue("--text").trim(),
-    quiet: style.getPropertyValue("--quiet").trim(), grid: style.getPropertyValue("--line").trim(),
-  };
-  const arms = data.sweep.arms.filter((arm) => !shown.hidden.has(arm.name));
-  const visible = data.comparisons.filter((c) => !shown.hidden.has(c.arm));
-  const panels = mixlab.panels(shown).map((panel) => ({ ...panel, lines: visible.filter((c) => panel.cells.includes(c.cell)) }));
+  const value = (name) => style.getPropertyValue(name).trim();
+  return { page: value("--page"), text: value("--text"), quiet: value("--quiet"), grid: value("--line") };
+};
+
+// `shown` = {model, lines, panels, x, y (axes), xlog, ylog, look, seedRuns (or null), intervals, front}. Returns how
+// many lines have no place on these axes.
+mixlab.drawPlot = function (host, shown, onPick) {
+  const { x, y, panels } = shown;
+  const theme = mixlab.colors();
   const byFactor = x.name.startsWith("factor/");
-  const inUse = panels.flatMap((panel) => panel.lines);
-  const runsInUse = shown.seeds ? data.runs.filter((run) => inUse.some((c) => c.arm === run.arm && c.cell === run.cell)) : [];
   const width = host.clientWidth || 800;
   const columns = Math.max(1, Math.min(panels.length, width >= 1050 ? 3 : width >= 640 ? 2 : 1));
-  const rows = Math.ceil(panels.length / columns);
-  const every = (axis) => [...inUse.map((c) => mixlab.valueOf(c, axis.name)), ...runsInUse.map((run) => mixlab.valueOfRun(run, axis.name))]
+  const rows = Math.max(1, Math.ceil(panels.length / columns));
+  const inUse = panels.flatMap((panel) => panel.lines);
+  const seedsOf = groupSeeds();
+  const every = (axis, side) => [...inUse.map((line) => mixlab.valueOf(line, axis.name)), ...inUse.flatMap((line) => seedsOf(line).map((run) => run[side]))]
     .filter((value) => value !== null);
-  const xs = mixlab.scale(x, every(x), shown.xlog, theme, true, Math.max(3, Math.floor((width / columns - 90) / 62)));
-  const ys = mixlab.scale(y, every(y), shown.ylog, theme, false, 8);
+  const xs = mixlab.scale(x, every(x, "x"), shown.xlog, theme, true, Math.max(3, Math.floor((width / columns - 90) / 62)));
+  const ys = mixlab.scale(y, every(y, "y"), shown.ylog, theme, false, 8);
   const panelHeight = panels.length === 1 ? (width < 640 ? 360 : 460) : 330;
   const layout = {
     paper_bgcolor: theme.page, plot_bgcolor: theme.page, font: { color: theme.text, size: 13, family: 'system-ui, "Segoe UI", sans-serif' }, showlegend: false,
@@ -32,19 +33,25 @@ mixlab.drawPlot = function (host, shown, onPick) {
   if (panels.length > 1) layout.grid = { rows, columns, pattern: "independent", xgap: 0.16, ygap: 0.3 };
   const traces = [];
   let nLeftOut = 0;
+  panels.forEach(drawPanel);
 
-  panels.forEach((panel, index) => {
+  const config = { responsive: false, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "toImage"], displayModeBar: width >= 640 ? "hover" : false };
+  Plotly.react(host, traces, layout, config);
+  host.removeAllListeners("plotly_click");
+  host.on("plotly_click", (event) => { const picked = event.points[0]?.customdata; if (picked) onPick(...picked); });
+  return nLeftOut;
+
+  function drawPanel(panel, index) {
     const suffix = index === 0 ? "" : String(index + 1);
     const ids = { xaxis: "x" + suffix, yaxis: "y" + suffix };
-    const first = index === 0;
-    layout["xaxis" + suffix] = structuredClone({ ...xs.layout, ...(first ? {} : { matches: "x" }) });
-    layout["yaxis" + suffix] = structuredClone({ ...ys.layout, ...(first ? {} : { matches: "y" }) });
+    layout["xaxis" + suffix] = structuredClone({ ...xs.layout, ...(index === 0 ? {} : { matches: "x" }) });
+    layout["yaxis" + suffix] = structuredClone({ ...ys.layout, ...(index === 0 ? {} : { matches: "y" }) });
     if (index % columns !== 0) layout["yaxis" + suffix].title = { text: "" };
     layout.annotations.push({
-      text: "<b>" + mixlab.plotlyText(panel.title) + "</b>", showarrow: false, xref: ids.xaxis + " domain", yref: ids.yaxis + " domain",
+      text: panel.title ? "<b>" + mixlab.plotlyText(panel.title) + "</b>" : "", showarrow: false, xref: ids.xaxis + " domain", yref: ids.yaxis + " domain",
       x: 0, y: 1, xanchor: "left", yanchor: "bottom", yshift: 6, font: { color: theme.text, size: 13 },
     });
-    for (const reference of data.references.filter((r) => r.axis === y.name)) {
+    for (const reference of referencesOf(panel)) {
       layout.shapes.push({
         type: "line", xref: ids.xaxis + " domain", yref: ids.yaxis, x0: 0, x1: 1, y0: reference.value, y1: reference.value,
         line: { color: theme.quiet, width: 1, dash: "dot" }, layer: "below",
@@ -60,97 +67,105 @@ mixlab.drawPlot = function (host, shown, onPick) {
         yanchor: "middle", font: { color: theme.quiet, size: 12 }, bgcolor: theme.page, borderpad: 0,
       });
     }
-    if (shown.front && panel.single && !byFactor) traces.push(frontTrace(panel, ids));
-    for (const arm of arms) {
-      const lines = panel.lines.filter((c) => c.arm === arm.name);
-      if (shown.seeds) traces.push(seedTrace(arm, panel, ids));
-      traces.push(meanTrace(arm, lines, ids));
+    if (shown.front && panel.single) traces.push(...mixlab.fronts(panel.lines, x, y).map((front) => frontTrace(front, ids)));
+    // plotly draws the error bars of a trace in one colour: a trace for each
+    for (const [color, lines] of grouped(panel.lines, (line) => shown.look.of(line).color)) {
+      if (shown.seedRuns) traces.push(seedTrace(lines, color, ids));
+      traces.push(meanTrace(lines, color, ids));
     }
-  });
+  }
 
-  const config = { responsive: false, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"], displayModeBar: width >= 640 ? "hover" : false };
-  Plotly.react(host, traces, layout, config);
-  host.removeAllListeners("plotly_click");
-  host.on("plotly_click", (event) => { const picked = event.points[0]?.customdata; if (picked) onPick(picked[0], picked[1]); });
-  return nLeftOut;
+  // Only what holds for every sweep of a panel, each value once.
+  function referencesOf(panel) {
+    const sweeps = new Set(panel.lines.map((line) => line.sweep));
+    const found = new Map();
+    for (const r of shown.model.references) if (r.axis === y.name && sweeps.has(r.sweep)) found.set(r.value, r);
+    return found.size === 1 ? [...found.values()] : [];
+  }
 
-  function meanTrace(arm, lines, ids) {
-    const kept = lines.map((c) => ({ c, px: xs.place(mixlab.valueOf(c, x.name) ?? NaN), py: ys.place(mixlab.valueOf(c, y.name) ?? NaN) }))
-      .filter((p) => { const there = p.px !== null && p.py !== null; nLeftOut += there ? 0 : 1; return there; })
-      .sort((a, b) => a.px - b.px);
+  function meanTrace(lines, color, ids) {
+    const placed = [];
+    // marks that only differ in the factor across are joined; a gap keeps the others apart
+    for (const [, group] of grouped(lines, (line) => JSON.stringify([line.arm, line.sweep, byFactor ? otherFactors(line) : line.cell]))) {
+      const kept = group.map((line) => ({ line, px: xs.place(mixlab.valueOf(line, x.name) ?? NaN), py: ys.place(mixlab.valueOf(line, y.name) ?? NaN) }))
+        .filter((p) => { const there = p.px !== null && p.py !== null; nLeftOut += there ? 0 : 1; return there; })
+        .sort((a, b) => a.px - b.px);
+      if (byFactor && placed.length && kept.length) placed.push({ line: null, px: null, py: null });
+      placed.push(...kept);
+    }
     const bars = (axis, place, key) => {
       if (!shown.intervals || axis.name.startsWith("cost/") || axis.name.startsWith("factor/")) return { visible: false };
-      const edge = (p, side) => p.c.metrics[axis.name]?.[side] ?? null;
+      const edge = (p, side) => p.line?.metrics[axis.name]?.[side] ?? null;
       return {
-        type: "data", symmetric: false, visible: true, thickness: 1.6, width: 4, color: arm.color,
-        array: kept.map((p) => (edge(p, "high") === null ? 0 : edge(p, "high") - p[key])),
+        type: "data", symmetric: false, visible: true, thickness: 1.6, width: 4, color,
+        array: placed.map((p) => (edge(p, "high") === null ? 0 : edge(p, "high") - p[key])),
         // a log axis ends above zero: an interval that reaches below is drawn as far as it goes
-        arrayminus: kept.map((p) => (edge(p, "low") === null ? 0 : p[key] - ((place(edge(p, "low")) ?? p[key] * 1e-3)))),
+        arrayminus: placed.map((p) => (edge(p, "low") === null ? 0 : p[key] - ((place(edge(p, "low")) ?? p[key] * 1e-3)))),
       };
     };
     return {
-      type: "scatter", mode: byFactor ? "lines+markers" : "markers", name: mixlab.plotlyText(arm.name), ...ids,
-      x: kept.map((p) => p.px), y: kept.map((p) => p.py), customdata: kept.map((p) => [p.c.arm, p.c.cell]), cliponaxis: false,
-      marker: { color: arm.color, symbol: arm.symbol, size: 12, line: { color: theme.page, width: 1 } },
-      line: { color: arm.color, width: byFactor ? 1.8 : 0 }, error_y: bars(y, ys.place, "py"), error_x: bars(x, xs.place, "px"),
-      text: kept.map((p) => mixlab.hoverText(p.c, shown)), hovertemplate: "%{text}<extra></extra>",
+      type: "scatter", mode: byFactor ? "lines+markers" : "markers", name: mixlab.plotlyText(lines[0].arm), ...ids,
+      x: placed.map((p) => p.px), y: placed.map((p) => p.py), customdata: placed.map((p) => (p.line ? [p.line.arm, p.line.cell, p.line.sweep] : null)), cliponaxis: false,
+      marker: { color, symbol: placed.map((p) => (p.line ? shown.look.of(p.line).symbol : "circle")), size: placed.length > 150 ? 8 : 12, line: { color: theme.page, width: 1 } },
+      line: { color, width: byFactor ? 1.8 : 0 }, error_y: bars(y, ys.place, "py"), error_x: bars(x, xs.place, "px"),
+      text: placed.map((p) => (p.line ? mixlab.hoverText(p.line, shown) : "")), hovertemplate: "%{text}<extra></extra>",
     };
   }
 
-  function seedTrace(arm, panel, ids) {
-    const runs = data.runs.filter((run) => run.arm === arm.name && panel.cells.includes(run.cell) && run.outcome === "finished")
-      .map((run) => ({ run, px: xs.place(mixlab.valueOfRun(run, x.name) ?? NaN), py: ys.place(mixlab.valueOfRun(run, y.name) ?? NaN) }))
+  function seedTrace(lines, color, ids) {
+    const runs = lines.flatMap((line) => seedsOf(line).map((run) => ({ line, run, px: xs.place(run.x ?? NaN), py: ys.place(run.y ?? NaN) })))
       .filter((p) => p.px !== null && p.py !== null);
     return {
       type: "scatter", mode: "markers", name: "seeds", ...ids, x: runs.map((p) => p.px), y: runs.map((p) => p.py),
-      customdata: runs.map((p) => [p.run.arm, p.run.cell]), marker: { color: arm.color, symbol: arm.symbol + "-open", size: 7, opacity: 0.75 },
-      text: runs.map((p) => `<b>${mixlab.plotlyText(p.run.arm)}</b>, seed ${p.run.seed}<br>` +
-        `${mixlab.plotlyText(y.label)}: ${mixlab.human(mixlab.valueOfRun(p.run, y.name), y.unit)}`),
+      customdata: runs.map((p) => [p.line.arm, p.line.cell, p.line.sweep]),
+      marker: { color, symbol: runs.map((p) => shown.look.of(p.line).symbol + "-open"), size: 7, opacity: 0.75 },
+      text: runs.map((p) => `<b>${mixlab.plotlyText(p.line.arm)}</b>, seed ${p.run.seed}<br>${mixlab.plotlyText(y.label)}: ${mixlab.human(p.run.y, y.unit)}`),
       hovertemplate: "%{text}<extra></extra>",
     };
   }
 
   // The best that is reached at each cost: a step line through the front, flat until the next arm on it.
-  function frontTrace(panel, ids) {
-    const front = mixlab.paretoFront(panel.lines, x, y);
-    const points = [...front].map((c) => ({ px: xs.place(mixlab.valueOf(c, x.name)), py: ys.place(mixlab.valueOf(c, y.name)) }))
+  function frontTrace(front, ids) {
+    const points = [...front].map((line) => ({ px: xs.place(mixlab.valueOf(line, x.name)), py: ys.place(mixlab.valueOf(line, y.name)) }))
       .filter((p) => p.px !== null && p.py !== null).sort((a, b) => a.px - b.px);
     return {
       type: "scatter", mode: "lines", name: "Pareto front", ...ids, x: points.map((p) => p.px), y: points.map((p) => p.py), hoverinfo: "skip",
       line: { color: theme.quiet, width: 1.5, dash: "dash", shape: x.direction === "minimize" ? "hv" : "vh" },
     };
   }
-};
 
-// Panels: {title, cells, single (one cell only)}. Across a varied factor, cells that differ only in it share a panel.
-mixlab.panels = function (shown) {
-  const cells = shown.data.sweep.cells;
-  const chosen = cells.filter((cell) => cell.label === shown.cell);
-  if (shown.x.name.startsWith("factor/")) {
-    const factor = shown.x.name.slice(7);
-    const groups = new Map();
-    for (const cell of cells) {
-      const rest = Object.entries(cell.factors).filter(([name]) => name !== factor);
-      const title = rest.map(([name, value]) => `${name}=${value}`).join(", ") || "all cells";
-      groups.set(title, [...(groups.get(title) ?? []), cell.label]);
+  function groupSeeds() {
+    if (!shown.seedRuns) return () => [];
+    const runs = new Map();
+    for (const run of shown.seedRuns) {
+      const name = JSON.stringify([run.sweep, run.arm, run.cell]);
+      if (!runs.has(name)) runs.set(name, []);
+      runs.get(name).push(run);
     }
-    return [...groups].map(([title, labels]) => ({ title, cells: labels, single: false }))
-      .filter((panel) => chosen.length === 0 || panel.cells.includes(shown.cell));
+    return (line) => runs.get(JSON.stringify([line.sweep, line.armInSweep, line.cell])) ?? [];
   }
-  if (shown.cell === mixlab.OVERLAY) return [{ title: "all cells", cells: cells.map((cell) => cell.label), single: cells.length === 1 }];
-  return (chosen.length ? chosen : cells).map((cell) => ({ title: cell.label, cells: [cell.label], single: true }));
+
+  function otherFactors(line) { return Object.entries(line.factors).filter(([name]) => "factor/" + name !== x.name); }
+
+  function grouped(items, of) {
+    const groups = new Map();
+    for (const item of items) {
+      const name = of(item);
+      if (!groups.has(name)) groups.set(name, []);
+      groups.get(name).push(item);
+    }
+    return groups;
+  }
 };
 
-mixlab.hoverText = function (c, shown) {
-  const { data, x, y } = shown;
+mixlab.hoverText = function (line, shown) {
+  const { x, y } = shown;
   const text = mixlab.plotlyText;
-  const measured = (axis) => (c.metrics[axis.name] ? mixlab.spread(c.metrics[axis.name]) : mixlab.human(mixlab.valueOf(c, axis.name), axis.unit));
-  const lines = [`<b>${text(c.arm)}</b>  ${text(c.cell)}`, text(c.pattern)];
+  const measured = (axis) => (line.metrics[axis.name] ? mixlab.spread(line.metrics[axis.name]) : mixlab.human(mixlab.valueOf(line, axis.name), axis.unit));
+  const lines = [`<b>${text(line.arm)}</b>  ${text(line.cell)}${shown.model.sweeps.length > 1 ? "  " + text(line.sweep) : ""}`, text(line.pattern)];
   for (const axis of [y, x]) lines.push(`${text(axis.label)}: ${text(measured(axis))}`);
-  lines.push(`${c.n_seeds} of ${c.n_planned} seeds${c.notes.length ? ": " + text(c.notes.join("; ")) : ""}`);
-  const runs = data.runs.filter((run) => run.arm === c.arm && run.cell === c.cell);
-  for (const name of data.told_settings.slice(0, 8)) {
-    const values = [...new Set(runs.map((run) => String(run.settings[name] ?? "–")))];
+  lines.push(`${line.n_seeds} of ${line.n_planned} seeds${line.notes.length ? ": " + text(line.notes.join("; ")) : ""}`);
+  for (const [name, values] of Object.entries(line.told ?? {}).slice(0, 8)) {
     lines.push(`${text(name)} = ${text(values.slice(0, 4).join(", "))}${values.length > 4 ? ", …" : ""}`);
   }
   return lines.join("<br>");

@@ -26,6 +26,8 @@ mixlab.scale = function (axis, values, log, theme, isX, nTicks) {
   let { tickvals, ticktext } = axis.name.startsWith("factor/")
     ? { tickvals: [...new Set(positive)], ticktext: [...new Set(positive)].map(String) }
     : mixlab.logTicks(low / 10 ** (pad / 2), high * 10 ** (pad / 2), axis.unit, nTicks - hasZero);
+  // values so close together that no round number lies between: they are the ticks
+  if (tickvals.length === 0) { tickvals = [...new Set([low, high])]; ticktext = tickvals.map((value) => mixlab.human(value, axis.unit)); }
   if (hasZero) { tickvals = [zeroAt, ...tickvals.filter((v) => v > zeroAt * 1.3)]; ticktext = ["0", ...ticktext.slice(-(tickvals.length - 1))]; }
   const layout = {
     ...base, type: "log", tickmode: "array", tickvals, ticktext,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval | No
     mean +- t(1 - (1 - confidence)/2, n - 1) * s / sqrt(n), with s the sample standard deviation (divisor n - 1).
     No values: None. One value: a mean without interval, since one seed says nothing about spread.
 
-    The interval is not clipped to the range of the metric: that of an accuracy may reach above 1 when few seeds
-    disagree, and hiding it would hide how little they say.
+    Exact for normal values. The interval is not clipped to the range of the metric: that of an accuracy may reach
+    above 1 when few seeds disagree, and hiding it would hide how little they say.
 
     Raises ValueError for a value that is not finite: leave those out with :func:`split_missing`, which counts them.
     """
@@ -36,12 +37,18 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval | No
     mean = math.fsum(values) / n
     if n == 1:
         return Interval(mean, None, None, 1)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    half = t_quantile(0.5 + confidence / 2, n - 1) * deviation / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, n)
+
+
+@cache
+def t_quantile(probability: float, n_free: int) -> float:
+    """Quantile of Student's t with ``n_free`` degrees of freedom."""
     # scipy.stats would do, but takes half a second to import
     from scipy.special import stdtrit
 
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    half = float(stdtrit(n - 1, 0.5 + confidence / 2)) * deviation / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half, n)
+    return float(stdtrit(n_free, probability))
 
 
 def split_missing(values: Iterable[float | None]) -> tuple[list[float], int]:
