@@ -34,9 +34,9 @@ CASES = [
 ]
 
 
-# Predicted milliseconds of every step of the chains, all chunks together, at the timed sizes on an H100 (float32, n=512,
-# H=1, k=8, K=V=512, one shared memory): bytes over 3 TB/s of memory or 5.5 TB/s of L2 cache, 250 TFLOP/s for tf32 products,
-# and about 1.2 us for each meeting of the programs.
+# Predicted milliseconds of every step of the chains, all chunks together, at the timed sizes on an H100 (float32,
+# n=512, H=1, k=8, K=V=512, one shared memory): bytes over 3 TB/s of memory or 5.5 TB/s of L2 cache, 250 TFLOP/s for
+# tf32 products, and about 1.2 us for each meeting of the programs.
 PREDICTED = {
     # 8 x 4096 tokens, C=512: 8 chunks of 4096 queries.
     "train_steps": {

@@ -78,9 +78,16 @@ def n_programs(like: Tensor, per_processor: int) -> int:
 
     Registers for two programs of four warps are always there; more need a limit of registers at the launch.
     """
-    return _n_processors(like.device) * per_processor if like.device.type == "cuda" else 1
+    return _properties(like.device).multi_processor_count * per_processor if like.device.type == "cuda" else 1
+
+
+def shared_bytes(like: Tensor, per_processor: int) -> int:
+    """Shared memory that each of ``per_processor`` programs may take on the tensor's device; without one: an H100's."""
+    whole = _properties(like.device).shared_memory_per_multiprocessor if like.device.type == "cuda" else 228 * 1024
+    # A program itself takes 1 KB.
+    return whole // per_processor - 1024
 
 
 @cache
-def _n_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _properties(device: torch.device):
+    return torch.cuda.get_device_properties(device)

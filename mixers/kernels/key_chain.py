@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixers.kernels.address import address_rows
-from mixers.kernels.barrier import begin, meet, meetings, n_programs
+from mixers.kernels.barrier import begin, meet, meetings, n_programs, shared_bytes
 from mixers.kernels.key_step import ENTROPY_EPS, n_most_pieces, pull_pieces, step_subkeys, step_tiles, table_lane
 from mixers.kernels.launch import launch
 from mixers.kernels.select import n_rank_tiles, rank_tile, rank_tile_sizes
@@ -160,7 +160,8 @@ def key_chain(
     step = address_weight != 0
     block_n, block_k = triton.next_power_of_2(n_subkeys), triton.next_power_of_2(top_k)
     programs = n_programs(q, PROGRAMS)
-    rank_s, rank_n, rank_stages = rank_tile_sizes(n_subkeys)
+    rank_d = 32 if half_dim > 16 else 16
+    rank_s, rank_n, rank_stages = rank_tile_sizes(n_subkeys, rank_d, shared_bytes(q, PROGRAMS))
     rows = row_tile_size(n_half_queries, block_n, programs)
     list_u, list_q = list_tile_sizes(n_most)
     tiles = step_tiles(half_dim)
@@ -192,7 +193,7 @@ def key_chain(
         ENTROPY_EPS=ENTROPY_EPS,
         RANK_S=rank_s,
         RANK_N=rank_n,
-        RANK_D=32 if half_dim > 16 else 16,
+        RANK_D=rank_d,
         RANK_STAGES=rank_stages,
         ROWS=rows,
         ROW_D=row_width(rows, block_k, half_dim),

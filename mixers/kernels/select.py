@@ -60,14 +60,17 @@ def n_rank_tiles(
     return n_memories * (2 * HEADS) * tl.cdiv(n_queries, BLOCK_S) * ((SUBKEYS + BLOCK_N - 1) // BLOCK_N)
 
 
-def rank_tile_sizes(n_subkeys: int) -> tuple[int, int, int]:
-    """Queries and sub-keys of a tile, and how many steps ahead a program loads them."""
-    return (64, 64, 6) if n_subkeys > 32 else (32, max(16, triton.next_power_of_2(n_subkeys)), 4)
+def rank_tile_sizes(n_subkeys: int, block_d: int, shared_bytes: int) -> tuple[int, int, int]:
+    """Queries and sub-keys of a tile, and how many steps of ``block_d`` elements a program loads ahead: up to 6, as far
+    as its shared memory reaches, 8 KB of which other work takes."""
+    block_s, block_n = (64, 64) if n_subkeys > 32 else (32, max(16, triton.next_power_of_2(n_subkeys)))
+    n_steps = (shared_bytes - 8192) // (4 * (block_s + block_n) * block_d)
+    return block_s, block_n, max(1, min(6, n_steps))
 
 
 @triton.jit
 def in_order(x):
-    """Integers that compare as the floats x do, -0 as 0 and NaN as the largest; all are above :func:`lowest`."""
+    """Integers that compare as the floats x do, -0 as 0 and NaN as the largest."""
     x = tl.where(x == x, x, float("inf")) + 0.0
     if x.dtype.primitive_bitwidth == 64:
         bits = x.to(tl.int64, bitcast=True)
