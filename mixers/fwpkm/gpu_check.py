@@ -28,8 +28,7 @@ CASES = [
     {"update_scale": "released", "lookahead": 2, "temperature": 0.5, "masked": True},
     {"update_scale": "released", "lookahead": 0, "score": "dot", "heads": 1},
     {"address_weight": 0.0, "masked": True, "gated": False},
-    {"frozen": True},
-    {"scope": "sequence", "lr": 0.7, "address_weight": 0.3},
+    {"scope": "sequence", "lr": 0.7, "address_weight": 0.3, "frozen": True},
     {"scope": "sequence", "update_scale": "released", "masked": True, "score": "dot"},
 ]
 
