@@ -321,7 +321,7 @@ def main(as_json: bool, check_only: bool) -> None:
     bound = 2e-5 if on_gpu else 1e-10
     sizes = {"B": 3, "T": 300, "K": 64, "n": 45, "V": 96, "k": 5, "C": 64}
     if not on_gpu:
-        sizes = {"B": 2, "T": 11, "K": 6, "n": 6, "V": 5, "k": 3, "C": 4}
+        sizes = {"B": 2, "T": 7, "K": 6, "n": 6, "V": 5, "k": 3, "C": 3}
     found: dict[str, object] = {"bound": bound, "checks": []}
     failed = False
     for case in CASES:

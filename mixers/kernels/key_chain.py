@@ -164,7 +164,7 @@ def key_chain(
     rank_s, rank_n, rank_stages = rank_tile_sizes(n_subkeys, rank_d, shared_bytes(q, PROGRAMS))
     rows = row_tile_size(n_half_queries, block_n, programs)
     list_u, list_q = list_tile_sizes(n_most)
-    tiles = step_tiles(half_dim)
+    tiles = step_tiles(half_dim, n_subkeys)
     most_pieces = n_most_pieces(n_most, n_subkeys, top_k, tiles)
     n_sums = n_memories * n_heads * 2 * most_pieces if step else 0
     counts = indices.new_empty(n_lists)

@@ -180,7 +180,7 @@ def key_chain_backward(
     programs = n_programs(q, PROGRAMS)
     rows = row_tile_size(n_memories * n_most * n_heads * 2, max(128, 32 * block_k), programs)
     list_u, list_q = list_tile_sizes(n_most)
-    tiles = step_tiles(half_dim)
+    tiles = step_tiles(half_dim, n_subkeys)
     most_pieces = n_most_pieces(n_most, n_subkeys, top_k, tiles)
     n_sums = n_memories * n_heads * 2 * most_pieces
     scratch = [torch.empty_like(d_half) for _ in range(4)]

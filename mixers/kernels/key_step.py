@@ -182,9 +182,13 @@ class StepTiles(NamedTuple):
     step_e: int
 
 
-def step_tiles(half_dim: int) -> StepTiles:
-    """At most 8192 elements a tile."""
-    return StepTiles(2, 16, min(256, triton.next_power_of_2(half_dim)), 4, 8)
+def step_tiles(half_dim: int, n_subkeys: int) -> StepTiles:
+    """At most 8192 elements of keys and 2048 sub-keys a tile, where that leaves 2 pieces and 4 sub-keys."""
+    width = min(256, triton.next_power_of_2(half_dim))
+    n_compared = 2048 // triton.next_power_of_2(n_subkeys)
+    pull_u = max(2, min(16, 8192 // (16 * width), n_compared))
+    step_u = max(4, min(32, 8192 // (8 * width), n_compared))
+    return StepTiles(pull_u, 16, width, step_u, 8)
 
 
 def n_most_pieces(n_queries: int, n_subkeys: int, top_k: int, tiles: StepTiles) -> int:

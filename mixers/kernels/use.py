@@ -54,5 +54,6 @@ def list_uses(
 
 
 def list_tile_sizes(n_queries: int) -> tuple[int, int]:
-    """Sub-keys and queries that a program looks at together: few enough for their registers."""
-    return 4, max(16, min(256, triton.next_power_of_2(n_queries)))
+    """Sub-keys and queries that a program looks at together: 1024 of both, few enough for their registers."""
+    block_q = max(16, min(256, triton.next_power_of_2(n_queries)))
+    return min(32, 1024 // block_q), block_q

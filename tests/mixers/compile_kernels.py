@@ -68,7 +68,7 @@ def _type_of(value) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def launch_all(heads: int, top_k: int, n: int, key_dim: int, value_dim: int, score: str) -> None:
+def launch_all(heads: int, top_k: int, n: int, key_dim: int, value_dim: int, score: str, address_weight: float) -> None:
     """Every launcher of the fast-weight and the static memory, once."""
     from mixers.kernels import (
         address,
@@ -96,21 +96,21 @@ def launch_all(heads: int, top_k: int, n: int, key_dim: int, value_dim: int, sco
     slots, each = whole(*joint.shape), real(*tokens)
     mean, accesses = real(8, 1, 2, n), whole(n_accesses)
     groups, kept = Groups(accesses, accesses, accesses, accesses), real(n_accesses, value_dim)
-    for address_weight in (0.0, 1.0):
-        key_chain.key_chain(q, keys, indices, listed, listed, mean, 512, score, 1.0, address_weight)
-        key_chain_backward.key_chain_backward(
-            q, keys, keys[0], indices, listed, listed, listed, mean, q, 512, score, 1.0, address_weight, needs_keys=True
-        )  # fmt: skip
+    key_chain.key_chain(q, keys, indices, listed, listed, mean, 512, score, 1.0, address_weight)
+    key_chain_backward.key_chain_backward(
+        q, keys, keys[0], indices, listed, listed, listed, mean, q, 512, score, 1.0, address_weight, needs_keys=True
+    )  # fmt: skip
     address.combine(indices, listed, pairs, slots, joint, n, score, 1.0)
-    for overwritten in (None, kept):
-        value_chain.value_chain(
-            table, slots, joint, row, each, real(8, 1), groups, row, each, overwritten, 512, 1
-        )  # fmt: skip
-    for touched, d_weights in ((None, joint), (whole(n * n, dtype=torch.int8), None)):
-        value_chain_backward.value_chain_backward(
-            table, touched, kept, slots, accesses, real(n_accesses), joint, pairs, groups, row, row, each, row,
-            d_weights, 1.0, row, each, listed, 512, 1, needs_values=touched is None,
-        )  # fmt: skip
+    # With the smallest sizes the variants for a prefill and for tables that go on.
+    is_small = n < 64
+    value_chain.value_chain(
+        table, slots, joint, row, each, real(8, 1), groups, row, each, None if is_small else kept, 512, 1
+    )  # fmt: skip
+    value_chain_backward.value_chain_backward(
+        table, None if is_small else whole(n * n, dtype=torch.int8), kept, slots, accesses, real(n_accesses), joint,
+        pairs, groups, row, row, each, row, joint if is_small else None, 1.0, row, each, listed, 512, 1,
+        needs_values=is_small,
+    )  # fmt: skip
     chunk = Chunk(1, 8, 4096, 0, 4096)
     read.read_rows(table, slots, joint, row, chunk)
     row_dots.row_dots(table, slots, row, joint, chunk)
@@ -132,9 +132,9 @@ def main() -> None:
         for name, value in list(vars(place).items()):
             if name.endswith("_kernel") and isinstance(value, triton.JITFunction):
                 setattr(place, name, Recorder(value))
-    launch_all(heads=1, top_k=8, n=512, key_dim=512, value_dim=512, score="idw")
-    launch_all(heads=2, top_k=3, n=33, key_dim=6, value_dim=5, score="idw")
-    launch_all(heads=4, top_k=32, n=128, key_dim=64, value_dim=96, score="dot")
+    launch_all(heads=1, top_k=8, n=512, key_dim=512, value_dim=512, score="idw", address_weight=1.0)
+    launch_all(heads=2, top_k=3, n=33, key_dim=6, value_dim=5, score="dot", address_weight=1.0)
+    launch_all(heads=2, top_k=3, n=33, key_dim=6, value_dim=5, score="idw", address_weight=0.0)
     print(f"{len(DONE)} kernels")
 
 

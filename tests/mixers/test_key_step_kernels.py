@@ -20,7 +20,7 @@ def test_long_lists(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     # Tiles smaller than what they are used for: several lists, queries and accesses one after the other.
     monkeypatch.setattr(key_chain, "list_tile_sizes", lambda n_queries: (4, 16))
-    monkeypatch.setattr(key_chain, "step_tiles", lambda half_dim: StepTiles(2, 4, 2, 2, 2))
+    monkeypatch.setattr(key_chain, "step_tiles", lambda half_dim, n_subkeys: StepTiles(2, 4, 2, 2, 2))
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> torch.Tensor:
