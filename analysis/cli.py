@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from analysis.bench_cli import plot_bench
 from experiments.cli import runs_option
 from experiments.errors import UserError, nearest
 from experiments.paths import runs_root, tracking_uri
@@ -144,4 +145,4 @@ def dashboard(
     )
 
 
-commands = [compare, dashboard]
+commands = [compare, dashboard, plot_bench]
