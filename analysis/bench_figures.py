@@ -117,7 +117,7 @@ def _dress(axes: Axes, panel: tuple, lengths: list[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_title(title, fontsize=9, loc="left")
-    axes.set_xlabel("tokens" if panel[0] == "prefill" else "tokens before it", fontsize=8)
+    axes.set_xlabel("tokens before it" if panel[:2] == ("decode", "seconds") else "tokens", fontsize=8)
     axes.set_xticks(lengths)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -132,7 +132,7 @@ def _dress(axes: Axes, panel: tuple, lengths: list[int]) -> None:
 def _notes(values: dict[str, Any], labels: list[str]) -> str:
     """The machine, what has no state, what could not be measured."""
     machine, settings = values["machine"], values["settings"]
-    device = machine.get("gpu") or f"{machine['cpu']}, {machine['n_threads']} threads"
+    device = machine.get("gpu") or f"{machine['cpu']}, threads: {machine['n_threads']}"
     notes = [f"{device}; D={settings['d_model']}, {settings['precision']}; medians, bars: fastest to slowest call"]
     decoded = {row["label"] for row in values["rows"] if row["scene"] == "decode" and row["state_bytes"] == 0}
     if decoded:
