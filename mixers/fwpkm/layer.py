@@ -19,6 +19,8 @@ from mixers.product_keys import read, select
 from mixers.registry import register
 
 ZSCORE_EPS = 1e-6
+# Percent; of the gates, the shares above these are logged.
+GATE_LEVELS = (10, 50, 90)
 
 
 class FastWeightPKMConfig(MixerConfig):
@@ -457,6 +459,9 @@ class FastWeightPKM(Mixer):
         aux = {name: loss.detach() for name, loss in losses.items()}
         if gate is not None and gate.numel():
             aux["gate_mean"] = gate.detach().mean()
+            # a histogram of four bins; while training only, as one token at a time is decoded in microseconds
+            for percent in GATE_LEVELS if self.training else ():
+                aux[f"gate_above_{percent}"] = (gate.detach() > percent / 100).float().mean()
         if slots.numel():
             aux |= _slot_use(slots, self.config.n_subkeys**2)
         return aux
