@@ -306,7 +306,15 @@ class _Session:
         return (self.energy.joules() - before) / (n_calls * point.batch * point.tokens)
 
     def _row(self, point: Point, outcome: tuple[str, str] | None, times: list[float], extras: Row) -> Row:
-        row = {**vars(point), "status": OK, "note": "", "seconds": None, "seconds_min": None, "seconds_max": None}
+        row = {
+            **vars(point),
+            "mixer": self.benches[point.label].measured.name,
+            "status": OK,
+            "note": "",
+            "seconds": None,
+            "seconds_min": None,
+            "seconds_max": None,
+        }
         row |= {"n_repeats": 0, "tokens_per_s": None, "state_bytes": None, **extras}
         if outcome is not None:
             row["status"], row["note"] = outcome
