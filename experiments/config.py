@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from experiments.errors import UserError
-from experiments.pattern import parse_pattern
 from experiments.tasks.mqar import MQARConfig
 from experiments.tasks.text import TextConfig
 from mixers.config import StrictModel
@@ -138,23 +137,19 @@ class ExperimentConfig(StrictModel):
         """All fields, defaults written out, as JSON values."""
         return self.model_dump(mode="json")
 
-    def key(self) -> str:
-        """The run's key: a hash of the full resolved config, of the results version, which stands for the code of this
-        project, and of the code of mixers from elsewhere."""
+    def code(self) -> dict[str, str]:
+        """The code that decides this run's result, beyond what the release stands for: file or mixer -> hash."""
+        from experiments.source import run_code
+
+        return run_code(self.model.pattern, type(self.task).__module__)
+
+    def key(self, code: dict[str, str] | None = None) -> str:
+        """The run's key: a hash of the full resolved config, of the results version, which stands for the code of a
+        release, and of the code that is not as released. To read that takes torch; ``code`` is what it would say."""
         identity = {"results_version": RESULTS_VERSION, "config": self.resolved()}
-        foreign = _foreign_code(self.model.pattern)
-        if foreign:
-            identity["code"] = foreign
+        if code := self.code() if code is None else code:
+            identity["code"] = code
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _foreign_code(pattern: str) -> dict[str, str]:
-    """Hashes of the mixers' code by name, without those of this project."""
-    from mixers import registry
-    from mixers.source import foreign_code
-
-    codes = {name: foreign_code(registry.get(name)) for name in parse_pattern(pattern).mixer_names()}
-    return {name: code for name, code in codes.items() if code}
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

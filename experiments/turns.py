@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Self
@@ -14,6 +15,8 @@ FOLDER = ".turns"
 
 class Turns:
     """Two locked files per device of this machine, under the runs folder; the system lets go when a process ends.
+
+    The machine's name is part of theirs: several may share the folder.
 
     A training takes a shared turn for each step, about 5 microseconds. A timing first closes the gate, so that no new
     step begins, then waits for the steps under way, and opens the gate when it is done: it waits for one step, not for
@@ -27,7 +30,12 @@ class Turns:
             return
         # Processes may number the GPUs that they see differently.
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all") if device.startswith("cuda") else ""
-        name = f"{device}-{visible}".replace(":", "-").replace(",", "-").replace("/", "-").strip("-")
+        name = (
+            f"{socket.gethostname()}-{device}-{visible}".replace(":", "-")
+            .replace(",", "-")
+            .replace("/", "-")
+            .strip("-")
+        )
         folder = runs / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         self._gate = open(folder / f"{name}.gate", "wb")  # noqa: SIM115  open as long as this object

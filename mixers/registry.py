@@ -84,13 +84,17 @@ def build(name: str, options: dict[str, Any] | None = None) -> Mixer:
 
 
 def load_all() -> None:
-    """Import every module of this package, then every installed entry point. Done once."""
+    """Import every module of this package, then every installed entry point. Done once.
+
+    But for the contract suite, which registers nothing and takes a compiler along.
+    """
     global _loaded
     if _loaded:
         return
     _loaded = True
     for module in pkgutil.iter_modules(mixers.__path__, "mixers."):
-        importlib.import_module(module.name)
+        if module.name != "mixers.contract":
+            importlib.import_module(module.name)
     for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         _load_entry_point(point)
 

@@ -12,12 +12,15 @@ from mixers.cli import json_option, load_plugins, plugin_option
 from sweeps.sync_cli import sync
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
     from sweeps.definition import SweepConfig
     from sweeps.plan import Plan
     from sweeps.status import SweepStatus
 
+SORTS = ("begun", "arm", "cell", "best", "mean")  # as in sweeps.live, which imports rich
 OVERRIDES = "Overrides are keys of the sweep file: seeds=[0,1], budget.max_steps=50, base.train.batch_size=16."
 
 
@@ -35,68 +38,97 @@ def plan_command(sweep_file: str, overrides: tuple[str, ...], as_json: bool, plu
     """Check SWEEP (a TOML file or a shipped name) and print what it would run. Creates nothing."""
     from sweeps.plan import plan
 
-    planned = plan(_load(sweep_file, overrides, plugins))
+    load_plugins(plugins)
+    planned = plan(_load(sweep_file, overrides))
     if as_json:
         click.echo(json.dumps(_plan_json(planned), indent=1))
     else:
         _print_plan(planned)
 
 
+def run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What a sweep file doesn't say: where and how its runs are executed and shown."""
+    options = (
+        click.argument("sweep_file", metavar="SWEEP"),
+        click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]..."),
+        click.option(
+            "--workers", "n_workers", type=int, metavar="N", help="Runs at a time; default: one per core, or per GPU."
+        ),
+        click.option("--gpus", metavar="0,1", help="GPUs to deal runs out to; default: all that are visible."),
+        click.option("--per-gpu", type=int, metavar="K", help="Runs at a time on each GPU; default: 1."),
+        click.option("--ray", metavar="auto|ADDRESS", help="Run on a Ray cluster; auto: the one here, else start one."),
+        click.option(
+            "--stall-after",
+            "stall_s",
+            type=float,
+            default=1800.0,
+            show_default=True,
+            metavar="SECONDS",
+            help="End a worker whose run reports nothing for so long, and try the run once more; 0: never.",
+        ),
+        click.option("--no-tracking", is_flag=True, help="Write the records only, nothing to MLflow."),
+        click.option(
+            "--sort", type=click.Choice(SORTS), default=SORTS[0], help="The live table's order; the key s: next."
+        ),
+        click.option("--quiet", is_flag=True, help="Print nothing but errors."),
+        click.option("--json", "as_json", is_flag=True, help="Print every event as one JSON line."),
+        runs_option,
+        store_option,
+        plugin_option,
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @sweep.command("run", epilog=OVERRIDES)
-@click.argument("sweep_file", metavar="SWEEP")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--workers", type=int, metavar="N", help="Runs at a time; default: one per core, or per GPU.")
-@click.option("--gpus", metavar="0,1", help="GPUs to deal runs out to; default: all that are visible.")
-@click.option("--per-gpu", type=int, metavar="K", help="Runs at a time on each GPU; default: 1.")
-@click.option(
-    "--stall-after",
-    type=float,
-    default=1800.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="End a worker whose run reports nothing for so long, and try the run once more; 0: never.",
-)
-@click.option("--retry-failed", is_flag=True, help="Run failed runs again; else they stand as results.")
-@click.option("--no-tracking", is_flag=True, help="Write the records only, nothing to MLflow.")
-@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-@click.option("--json", "as_json", is_flag=True, help="Print every event as one JSON line.")
-@runs_option
-@store_option
-@plugin_option
-def run_command(
-    sweep_file: str,
-    overrides: tuple[str, ...],
-    workers: int | None,
-    gpus: str | None,
-    per_gpu: int | None,
-    stall_after: float,
-    retry_failed: bool,
-    no_tracking: bool,
-    quiet: bool,
-    as_json: bool,
-    runs_dir: str | None,
-    plugins: tuple[str, ...],
-) -> None:
+@run_options
+def run_command(sweep_file: str, overrides: tuple[str, ...], **options: Any) -> None:
     """Run what is missing of SWEEP (a TOML file or a shipped name). Started again, it continues.
 
     Exits with 0 when every run has its result, 1 when some failed, 130 after Ctrl-C.
     """
+    _run(sweep_file, overrides, **options)
+
+
+@sweep.command("retry", epilog=OVERRIDES)
+@run_options
+@click.option("--failed", is_flag=True, help="Run those that failed again; a checkpoint they have is used.")
+def retry_command(sweep_file: str, overrides: tuple[str, ...], failed: bool, **options: Any) -> None:
+    """Run SWEEP as `mixlab sweep run` does, and runs that stand as failures once more.
+
+    What has diverged or was pruned stays: the same training would end the same.
+    """
+    if not failed:
+        raise click.UsageError("say which runs: --failed")
+    _run(sweep_file, overrides, retry_failed=True, **options)
+
+
+def _run(
+    sweep_file: str,
+    overrides: tuple[str, ...],
+    *,
+    gpus: str | None,
+    no_tracking: bool,
+    sort: str,
+    quiet: bool,
+    as_json: bool,
+    runs_dir: str | None,
+    plugins: tuple[str, ...],
+    **options: Any,
+) -> None:
     from experiments.paths import runs_root
     from sweeps.driver import run_sweep
     from sweeps.live import view_for
 
-    definition = _load(sweep_file, overrides, plugins)
     result = run_sweep(
-        definition,
+        _load(sweep_file, overrides),
         runs_root(runs_dir),
-        view_for(as_json=as_json, quiet=quiet),
-        n_workers=workers,
+        view_for(as_json=as_json, quiet=quiet, sort=sort),
         gpus=None if gpus is None else tuple(name.strip() for name in gpus.split(",")),
-        per_gpu=per_gpu,
-        stall_s=stall_after,
         plugins=plugins,
         tracked=not no_tracking,
-        retry_failed=retry_failed,
+        **options,
     )
     raise SystemExit(result.exit_code)
 
@@ -137,11 +169,59 @@ def cancel_command(sweep_file: str, wait: float, runs_dir: str | None) -> None:
     click.echo(f"sweep {name}: process {process} has ended; mixlab sweep run goes on with it")
 
 
-def _load(sweep_file: str, overrides: tuple[str, ...], plugins: tuple[str, ...]) -> SweepConfig:
+@sweep.command("bench")
+@click.argument("parts", nargs=-1, metavar="[PART]...")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Of `workers`.")
+@click.option("--workers", type=int, metavar="N", help="Compared with one; on CUDA on one GPU. [default: 2; CUDA: 8]")
+@click.option("--steps", type=int, metavar="N", help="Of a training. [default: 350; on CUDA: 2000]")
+@click.option("--trials", type=int, default=1000, show_default=True, help="Of `engine`; a tenth of them for `ray`.")
+@click.option("--planned", type=int, default=10_000, show_default=True, help="Runs of `plan`.")
+@json_option
+def bench_command(
+    parts: tuple[str, ...],
+    device: str,
+    workers: int | None,
+    steps: int | None,
+    trials: int,
+    planned: int,
+    as_json: bool,
+) -> None:
+    """Measure what sweeping itself costs here: PARTs plan, engine, ray, logging, workers; all but ray by default.
+
+    With --device cuda, `workers` alone. Exits with 1 when a goal is missed.
+    """
+    from sweeps.bench import PARTS, Size, measure
+
+    is_cuda = device == "cuda"
+    parts = parts or (("workers",) if is_cuda else tuple(part for part in PARTS if part != "ray"))
+    for part in parts:
+        if part not in PARTS:
+            raise click.UsageError(f"no part {part!r}; there are {', '.join(PARTS)}")
+    size = Size(
+        n_planned=planned,
+        n_trials=trials,
+        n_ray_trials=max(100, trials // 10),
+        n_steps=steps or (2000 if is_cuda else 350),
+        many=workers or (8 if is_cuda else 2),
+        device=device,
+    )
+    rows = []
+    for row in measure(parts, size, lambda text: click.echo(text, err=True)):
+        rows.append(row)
+        if not as_json:
+            verdict = "" if row.ok is None else "reached" if row.ok else "MISSED"
+            click.echo(f"{row.part:8} {row.what:70} {row.value:10.4g} {row.unit:4} {row.goal:26} {verdict}".rstrip())
+    if as_json:
+        from dataclasses import asdict
+
+        click.echo(json.dumps([asdict(row) for row in rows], indent=1))
+    raise SystemExit(1 if any(row.ok is False for row in rows) else 0)
+
+
+def _load(sweep_file: str, overrides: tuple[str, ...]) -> SweepConfig:
     from mixers.config import parse_overrides
     from sweeps.definition import load_sweep
 
-    load_plugins(plugins)
     return load_sweep(sweep_file, parse_overrides(overrides))
 
 

@@ -17,6 +17,7 @@ from experiments.records import (
     OUT_OF_MEMORY,
     RunOutcome,
     clear_temporaries,
+    read_json,
     read_outcome,
     read_run,
     run_folder,
@@ -33,7 +34,6 @@ from sweeps.executor import (
     Executor,
     ExecutorEvent,
     Job,
-    LocalExecutor,
     Lost,
     Reported,
     Started,
@@ -41,10 +41,12 @@ from sweeps.executor import (
 from sweeps.live import View
 from sweeps.lock import driver_lock
 from sweeps.mirror import SweepMirror, open_store
-from sweeps.plan import Plan, PlannedRun, plan
+from sweeps.places import Wanted, place_for
+from sweeps.plan import Plan, PlannedRun
+from sweeps.planning import planned
 from sweeps.progress import ArmCellProgress
 from sweeps.pruning import ask_to_prune, forget_pruning
-from sweeps.resources import require_gpus, resources_for
+from sweeps.resources import require_gpus, require_sense
 from sweeps.saved import SavedSweep, write_saved
 from sweeps.tuning import Tuning, open_journal
 
@@ -101,6 +103,7 @@ def run_sweep(
     n_workers: int | None = None,
     gpus: tuple[str, ...] | None = None,
     per_gpu: int | None = None,
+    ray: str | None = None,
     stall_s: float = STALL_PATIENCE_S,
     plugins: tuple[str, ...] = (),
     tracked: bool = True,
@@ -116,31 +119,33 @@ def run_sweep(
             raise UserError(f"{option}: at least 1 is needed, got {value}")
     if not stall_s >= 0:
         raise UserError(f"--stall-after: seconds of silence, or 0 for no limit, got {stall_s:g}")
-    planned = plan(sweep)
-    require_gpus(planned, n_workers, gpus, per_gpu)
+    found = planned(sweep, plugins)
+    require_sense(found.plan, n_workers, gpus, per_gpu, ray)
+    if ray is None:
+        require_gpus(gpus, per_gpu, found.gpus)
     folder = runs / sweep.name
     if tracked:
         open_store(runs)  # before anything else is created: a store that can't be used leaves no trace of the sweep
     with driver_lock(folder) as was_lost:
         tidy(folder)
-        mirror = SweepMirror.prepare(planned, runs) if tracked else None
+        mirror = SweepMirror.prepare(found.plan, runs) if tracked else None
         if retry_failed:
             _reopen(folder, "failed")
         if sweep.search.pruner == "none":
             _reopen(folder, "pruned")  # the end of a search that had a pruner, but no result of this one
+        edited = edited_since(folder, found.plan.code)
         stop = StopSignals()
-        driver = Driver(planned, runs, view, stop, mirror)
-        resources = resources_for(planned, n_workers, driver.n_missing, gpus, per_gpu)
-
-        def executor() -> Executor:
-            return LocalExecutor(
-                folder, resources.n_workers, resources.n_threads, plugins, resources.gpus, target, stall_s
-            )
-
-        with stop.installed(), view:
+        driver = Driver(found.plan, runs, view, stop, mirror)
+        wanted = Wanted(n_workers, gpus, per_gpu, ray)
+        options = {"plugins": plugins, "target": target, "patience_s": stall_s}
+        with stop.installed(), place_for(found, wanted, driver.n_missing, folder, **options) as place, view:
             if mirror is not None and mirror.problem:
                 view.show(Note(mirror.problem))
-            result = driver.run(executor, resources.n_workers)
+            if edited:
+                view.show(
+                    Note(f"edited since the last start: {', '.join(edited)}; runs that depend on it are run again")
+                )
+            result = driver.run(place.executor, place.n_workers)
         # A lost driver's last workers may have written their records, and had no time to mirror them.
         is_behind = mirror is not None and (was_lost or bool(driver.attempts) or mirror.is_behind())
         if is_behind and not result.interrupted and (problem := mirror.catch_up()):
@@ -232,6 +237,7 @@ class Driver:
             runs=[run for arm_cell in self.arm_cells for run in arm_cell.saved_runs()],
             chosen={name: choice for name, choice in choices.items() if choice is not None},
             match=self.plan.match_json(),
+            code=self.plan.code,
             definition=sweep.model_dump(mode="json", exclude_unset=True, exclude_none=True, exclude={"experiment"}),
         )
         write_saved(self.runs, saved)
@@ -295,7 +301,7 @@ class Driver:
     def _end(self, run: PlannedRun, arm_cell: ArmCellProgress, event: Ended | Lost) -> None:
         if isinstance(event, Ended) and event.halt:
             name = run.identity.sweep
-            raise UserError(f"sweep {name}: {event.halt}; free some space and start it again: it goes on")
+            raise UserError(f"sweep {name}: {event.halt}")
         del self.running[run.key]
         if self.mirror is not None and (behind := self.mirror.ended(run)):
             self.view.show(Note(behind))
@@ -433,6 +439,13 @@ def tidy(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir():
             tidy_run(path)
+
+
+def edited_since(folder: Path, code: dict[str, str]) -> list[str]:
+    """Files whose code runs on record depend on, and that say something else now."""
+    saved = read_json(folder / "sweep.json")
+    before = saved.get("code", {}) if isinstance(saved, dict) else {}
+    return sorted(name for name in before.keys() & code.keys() if before[name] != code[name])
 
 
 def _reopen(folder: Path, ended: str) -> None:

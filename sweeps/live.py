@@ -17,12 +17,15 @@ from rich.table import Table
 from rich.text import Text
 
 from sweeps.events import Chosen, Event, Note, RunEnded, RunProgress, RunRetried, RunStarted, SweepEnded, SweepStarted
+from sweeps.keys import Keys
 
 REFRESH_EVERY_S = 0.25
 BAR_WIDTH = 24
 # Lines of the display beside workers and table, and the fewest table rows that are worth showing.
 N_FRAME_LINES = 9
 MIN_ROWS = 4
+# Orders of the table: as begun, by name, or the best value first.
+SORTS = ("begun", "arm", "cell", "best", "mean")
 
 
 class View:
@@ -92,9 +95,13 @@ class ArmCellRow:
 
 @dataclass
 class LiveView(View):
-    """Overall bar with time left, a bar per worker, and a table of arms and cells; redrawn at most 4 times a second."""
+    """Overall bar with time left, a bar per worker, and a table of arms and cells; redrawn at most 4 times a second.
+
+    ``sort``: one of ``SORTS``; the key ``s`` takes the next.
+    """
 
     console: Console
+    sort: str = SORTS[0]
     clock: Callable[[], float] = time.monotonic
     started: SweepStarted | None = None
     n_done: int = 0
@@ -102,16 +109,19 @@ class LiveView(View):
     n_ended_here: int = 0
     workers: dict[int, WorkerRow] = field(default_factory=dict)
     arm_cells: dict[tuple[str, str], ArmCellRow] = field(default_factory=dict)
+    _keys: Keys = field(default_factory=Keys)
     _live: Live | None = None
     _started_at: float = 0.0
     _drawn_at: float = -math.inf
 
     def __enter__(self) -> Self:
-        self._live = Live(console=self.console, auto_refresh=False, transient=False)
+        self._live = Live(console=self.console, auto_refresh=False, transient=False, redirect_stdout=False)
         self._live.start()
+        self._keys.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._keys.__exit__()
         self.draw()
         self._live.stop()
 
@@ -123,7 +133,9 @@ class LiveView(View):
             self.console.print(Text(line_of(event) or ""))
 
     def tick(self) -> None:
-        if self.clock() - self._drawn_at >= REFRESH_EVERY_S:
+        n_pressed = self._keys.pressed().count("s")
+        self.sort = SORTS[(SORTS.index(self.sort) + n_pressed) % len(SORTS)]
+        if n_pressed or self.clock() - self._drawn_at >= REFRESH_EVERY_S:
             self.draw()
 
     def draw(self) -> None:
@@ -203,20 +215,32 @@ class LiveView(View):
         for heading in ("tuned", "seeds", "bad", f"best {self.started.select}", f"mean {self.started.report}"):
             table.add_column(heading, justify="right")
         table.add_column("chosen")
-        rows = list(self.arm_cells.items())
+        rows = self._sorted()
         room = max(MIN_ROWS, self.console.height - N_FRAME_LINES - len(self.workers))
-        if len(rows) > room:
-            table.caption = (
-                f"the last {room} of {len(rows)} arms and cells begun; all: mixlab sweep status {self.started.sweep}"
-            )
-        for (arm, cell), row in rows[-room:]:
+        is_cut = len(rows) > room
+        words = [f"sorted by {self.sort}"] if self.sort != SORTS[0] else []
+        words += ["s: sort by another"] if self._keys.listens else []
+        words += [f"{room} of {len(rows)}; all: mixlab sweep status {self.started.sweep}"] if is_cut else []
+        table.caption = ", ".join(words) or None
+        for (arm, cell), row in rows[-room:] if self.sort == SORTS[0] else rows[:room]:
             counts = (str(row.n_tuned or "-"), str(row.n_replicates or "-"), str(row.n_bad or "-"))
             cells = (arm, cell, *counts, number_text(row.best), number_text(row.mean), row.note)
             table.add_row(*(Text(text) for text in cells))
         return table
 
+    def _sorted(self) -> list[tuple[tuple[str, str], ArmCellRow]]:
+        rows = list(self.arm_cells.items())
+        if self.sort in ("arm", "cell"):
+            return sorted(rows, key=lambda item: item[0][self.sort == "cell"])
+        if self.sort == SORTS[0]:
+            return rows
+        sign = -1 if self.started.direction == "maximize" else 1
+        values = [row.best if self.sort == "best" else row.mean for _, row in rows]
+        keys = [(value is None, 0.0 if value is None else sign * value) for value in values]
+        return [rows[i] for i in sorted(range(len(rows)), key=keys.__getitem__)]
 
-def view_for(*, as_json: bool, quiet: bool, stream: TextIO | None = None) -> View:
+
+def view_for(*, as_json: bool, quiet: bool, sort: str = SORTS[0], stream: TextIO | None = None) -> View:
     """JSON lines or results on stdout; the live display where that is a terminal."""
     stream = stream or sys.stdout
 
@@ -228,7 +252,7 @@ def view_for(*, as_json: bool, quiet: bool, stream: TextIO | None = None) -> Vie
     if quiet:
         return View()
     console = Console(file=stream)
-    return LiveView(console) if console.is_terminal and not console.is_dumb_terminal else LineView(write)
+    return LiveView(console, sort) if console.is_terminal and not console.is_dumb_terminal else LineView(write)
 
 
 def line_of(event: Event) -> str | None:

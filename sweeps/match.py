@@ -9,7 +9,6 @@ from typing import Any
 from experiments.config import ExperimentConfig, ModelConfig, merged
 from experiments.errors import UserError, nearest
 from experiments.pattern import MixerSpec, Pattern, parse_pattern
-from mixers import registry
 from sweeps.definition import TUNING_SEED, FreeDimension, MatchConfig
 
 # A dimension is looked for up to here: larger ones mean that the cost does not grow with it.
@@ -173,6 +172,8 @@ def _writer(free: FreeDimension, values: dict[str, Any], place: str) -> Callable
     names = pattern.mixer_names()
     if owner and owner not in names:
         raise UserError(f"{place}: free: {free.name}: the pattern has no mixer {owner!r}{nearest(owner, names)}")
+    from mixers import registry  # imports torch
+
     fields = {name: set(registry.get(name).Config.model_fields) - {"d_model"} for name in ([owner] if owner else names)}
     having = [name for name, known in fields.items() if option in known]
     if not having:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from dataclasses import dataclass
@@ -71,6 +72,15 @@ class ArmCell:
     def n_runs(self) -> int:
         return self.n_trials + len(self.sweep.seeds)
 
+    @functools.cached_property
+    def code(self) -> dict[str, str]:
+        """The code that decides its runs' results, beyond what the release stands for.
+
+        The same for all of them: neither pattern nor task can be tuned.
+        """
+        settings = self.trial_settings[0] if self.trial_settings else _corners(self.sweep)[0]
+        return self._config(settings, TUNING_SEED).code()
+
     def trial(self, number: int, settings: dict[str, Any]) -> PlannedRun:
         """Tuning run ``number`` with these settings. All share one seed, which no replicate uses."""
         return self._run(settings, TUNING_SEED, number)
@@ -82,7 +92,7 @@ class ArmCell:
     def _run(self, settings: dict[str, Any], seed: int, trial: int | None) -> PlannedRun:
         config = self._config(settings, seed)
         identity = RunIdentity(
-            key=config.key(),
+            key=config.key(self.code),
             sweep=self.sweep.name,
             arm=self.arm,
             cell=self.cell,
@@ -124,6 +134,16 @@ class Plan:
             return {}
         held = {arm_cell.name: arm_cell.matched.to_json() for arm_cell in self.arm_cells if arm_cell.matched}
         return {**self.sweep.match.model_dump(), "reached": held}
+
+    @property
+    def devices(self) -> set[str]:
+        """What ``train.device`` says in its runs."""
+        return {arm_cell.values["train"].get("device", "auto") for arm_cell in self.arm_cells}
+
+    @property
+    def code(self) -> dict[str, str]:
+        """Of all arm-cells: file or mixer -> hash."""
+        return {name: code for arm_cell in self.arm_cells for name, code in arm_cell.code.items()}
 
     def count(self) -> str:
         """``2 arms x 3 cells x (12 tuning + 5 seeds) = 102 runs``."""

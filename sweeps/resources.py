@@ -1,7 +1,8 @@
-"""How many workers a machine takes, and what each of them gets."""
+"""How many workers a machine or a cluster takes, and what each of them gets."""
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -18,39 +19,75 @@ class Resources:
     gpus: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class RayShare:
+    """Workers on a Ray cluster, and what each of them holds: CPUs and GPUs, or fractions of one."""
+
+    n_workers: int
+    n_cpus: float
+    n_gpus: float = 0.0
+
+    @property
+    def n_threads(self) -> int:
+        return max(1, int(self.n_cpus))
+
+
 def resources_for(
-    plan: Plan,
-    n_workers: int | None,
-    n_runs: int,
-    gpus: tuple[str, ...] | None = None,
-    per_gpu: int | None = None,
+    plan: Plan, n_workers: int | None, n_runs: int, gpus: tuple[str, ...] = (), per_gpu: int | None = None
 ) -> Resources:
     """Default: a worker per core, or ``per_gpu`` (1) per GPU where runs go to GPUs; never more than there are runs.
 
-    ``gpus``: those to use, None for all that are visible. Several workers share a GPU when ``per_gpu`` or
+    ``gpus``: those to use. Several workers share a GPU when ``per_gpu`` or
     ``n_workers`` says so. Runs that name their GPU (``cuda:1``) find all of them.
     """
-    devices = _devices(plan)
-    if gpus is None:
-        gpus = () if devices == {"cpu"} else _visible_gpus()
+    devices = plan.devices
     wanted = n_workers or len(gpus) * (per_gpu or 1) or n_cores()
     n_workers = max(1, min(wanted, n_runs))
     named = any(device.startswith("cuda:") for device in devices)
     return Resources(n_workers, max(1, n_cores() // n_workers), () if named else gpus)
 
 
-def require_gpus(plan: Plan, n_workers: int | None, gpus: tuple[str, ...] | None, per_gpu: int | None) -> None:
-    """:class:`UserError` where GPUs are asked for that aren't there, or that the runs can't be dealt out to."""
+def ray_share(
+    plan: Plan, machines: list[dict[str, float]], n_workers: int | None, n_runs: int, per_gpu: int | None = None
+) -> RayShare:
+    """The same rule for a cluster: a worker per CPU, or ``per_gpu`` (1) per GPU where runs go to GPUs.
+
+    ``machines``: the resources of each, as Ray names them. CPUs are dealt out evenly, in whole ones where there are
+    enough. :class:`UserError` where GPUs are asked for that the cluster doesn't have.
+    """
+    devices = plan.devices
+    named = sorted(device for device in devices if device.startswith("cuda:"))
+    if named:
+        raise UserError(
+            f"--ray: runs of this sweep have train.device={named[0]!r}; Ray deals GPUs out: set it to 'cuda'"
+        )
+    with_gpus = [machine for machine in machines if machine.get("GPU", 0) >= 1]
+    n_gpus = sum(int(machine["GPU"]) for machine in with_gpus)
+    if n_gpus == 0 and ("cuda" in devices or per_gpu is not None):
+        raise UserError("--ray: the cluster has no GPU, and runs of this sweep are to use one")
+    if devices == {"cpu"} or n_gpus == 0:
+        cpus = [int(machine.get("CPU", 0)) for machine in machines]
+        n_workers = max(1, min(n_workers or sum(cpus), n_runs))
+        return RayShare(n_workers, _cpus_for(cpus, n_workers))
+    per_gpu = per_gpu or math.ceil((n_workers or n_gpus) / n_gpus)
+    n_workers = max(1, min(n_workers or n_gpus * per_gpu, n_runs))
+    cpus = [int(machine.get("CPU", 0)) for machine in with_gpus]
+    return RayShare(n_workers, _cpus_for(cpus, n_workers), 1 / per_gpu)
+
+
+def _cpus_for(cpus: list[int], n_workers: int) -> float:
+    """The most CPUs that each of ``n_workers`` can have on machines with so many, or a fraction of one."""
+    for each in range(max(cpus, default=0), 0, -1):
+        if sum(n // each for n in cpus) >= n_workers:
+            return float(each)
+    return math.floor(1e4 * sum(cpus) / n_workers) / 1e4
+
+
+def require_gpus(gpus: tuple[str, ...] | None, per_gpu: int | None, visible: tuple[str, ...]) -> None:
+    """:class:`UserError` where GPUs of this machine are asked for that aren't there."""
     if gpus is None and per_gpu is None:
         return
     option = "--gpus" if gpus is not None else "--per-gpu"
-    if n_workers is not None and per_gpu is not None:
-        raise UserError("--workers and --per-gpu both set the number of workers; leave one out")
-    devices = _devices(plan)
-    fixed = sorted(device for device in devices if device == "cpu" or device.startswith("cuda:"))
-    if fixed:
-        raise UserError(f"{option}: runs of this sweep have train.device={fixed[0]!r}; set it to 'auto' or 'cuda'")
-    visible = _visible_gpus()
     if not visible:
         raise UserError(f"{option}: this machine has no usable CUDA device; mixlab doctor says why")
     unknown = [name for name in gpus or () if name not in visible]
@@ -58,8 +95,20 @@ def require_gpus(plan: Plan, n_workers: int | None, gpus: tuple[str, ...] | None
         raise UserError(f"--gpus: {','.join(gpus or ())}: name each once, of {', '.join(visible)}")
 
 
-def _devices(plan: Plan) -> set[str]:
-    return {arm_cell.values["train"].get("device", "auto") for arm_cell in plan.arm_cells}
+def require_sense(
+    plan: Plan, n_workers: int | None, gpus: tuple[str, ...] | None, per_gpu: int | None, ray: str | None
+) -> None:
+    """:class:`UserError` for options that contradict each other or the runs, wherever these will be executed."""
+    if n_workers is not None and per_gpu is not None:
+        raise UserError("--workers and --per-gpu both set the number of workers; leave one out")
+    if ray is not None and gpus is not None:
+        raise UserError("--gpus names those of this machine; with --ray, Ray deals them out: leave it out")
+    if gpus is None and per_gpu is None:
+        return
+    option = "--gpus" if gpus is not None else "--per-gpu"
+    fixed = sorted(device for device in plan.devices if device == "cpu" or device.startswith("cuda:"))
+    if fixed:
+        raise UserError(f"{option}: runs of this sweep have train.device={fixed[0]!r}; set it to 'auto' or 'cuda'")
 
 
 def n_cores() -> int:
@@ -67,7 +116,7 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _visible_gpus() -> tuple[str, ...]:
+def visible_gpus() -> tuple[str, ...]:
     """Names of the GPUs as CUDA_VISIBLE_DEVICES takes them."""
     import torch  # counting does not create a context on them
 

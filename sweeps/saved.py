@@ -31,7 +31,8 @@ class SavedSweep:
     """A sweep as planned. ``metric`` has select, report, direction; ``arms`` name -> pattern; ``cells`` label ->
     factors; ``chosen`` "arm | cell" -> the tuned settings and the select value that they reached;
     ``match`` the [match] table with ``reached``, "arm | cell" -> value, target and cost, empty without one;
-    ``definition`` the sweep file with experiment and overrides laid into it: it alone repeats the sweep."""
+    ``definition`` the sweep file with experiment and overrides laid into it: it alone repeats the sweep;
+    ``code`` file -> hash, of the code that runs depend on and that is not as released."""
 
     name: str
     question: str
@@ -45,6 +46,7 @@ class SavedSweep:
     chosen: dict[str, dict[str, Any]] = field(default_factory=dict)
     match: dict[str, Any] = field(default_factory=dict)
     definition: dict[str, Any] = field(default_factory=dict)
+    code: dict[str, str] = field(default_factory=dict)
 
 
 def write_saved(runs: Path, saved: SavedSweep) -> None:

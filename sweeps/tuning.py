@@ -141,7 +141,7 @@ class Tuning:
 
         study = optuna.create_study(
             storage=storage,
-            study_name=f"{arm_cell.name} | {_digest(arm_cell)}",
+            study_name=f"{arm_cell.name} | {_digest(arm_cell, arm_cell.code)}",
             directions=[direction_of(name, arm_cell.sweep.metric.direction) for name in _objectives(arm_cell.sweep)],
             load_if_exists=True,
         )
@@ -349,8 +349,11 @@ def _distributions(spaces: dict[str, SearchSpace]) -> dict[str, Any]:
     return found
 
 
-def _digest(arm_cell: ArmCell) -> str:
-    """Tells apart searches of the same name: an edited sweep file starts a new study."""
+def _digest(arm_cell: ArmCell, code: dict[str, str] | None = None) -> str:
+    """Tells apart searches of the same name: an edited sweep file starts a new study, and so does edited ``code``.
+
+    Without code it seeds the sampler: what is proposed first does not hang on how a layer is written.
+    """
     sweep = arm_cell.sweep
     spaces = {path: space.model_dump(exclude_unset=True) for path, space in sweep.tune.items()}
     parts = [
@@ -361,5 +364,5 @@ def _digest(arm_cell: ArmCell) -> str:
         sweep.metric.model_dump(),
         arm_cell.n_trials,
     ]
-    text = json.dumps([*parts, spaces, arm_cell.values], sort_keys=True, default=str)
+    text = json.dumps([*parts, spaces, arm_cell.values, *([code] if code else [])], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

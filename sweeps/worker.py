@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import faulthandler
 import importlib
 import json
@@ -17,7 +16,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -27,7 +25,6 @@ from types import FrameType
 from typing import Any, TextIO
 
 from experiments.config import ExperimentConfig
-from experiments.errors import UserError
 from experiments.progress import Interrupted, Progress, Pruned
 from experiments.records import (
     RunIdentity,
@@ -41,6 +38,7 @@ from experiments.records import (
     write_outcome,
 )
 from mixers.cli import load_plugins
+from sweeps.die_with import die_with
 from sweeps.executor import TARGET
 from sweeps.pruning import prune_reason
 
@@ -49,7 +47,6 @@ MAX_EVENT_BYTES = 4000
 PROGRESS_EVERY_S = 0.25
 # A training looks for an interrupt after every step. One whose step takes longer than this is interrupted within it.
 STEP_PATIENCE_S = 1.5
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -134,18 +131,26 @@ def main(arguments: list[str] | None = None) -> None:
     interrupt = Interrupt()
     interrupt.install()
     jobs = _private_stdin()
+    from mixers import registry  # with torch
+
     target = load_target(options.target)
     _set_threads(options.threads)
     load_plugins(tuple(options.plugin))
+    registry.load_all()
     pipe = EventPipe(options.events)
     pipe.send("ready")
     for line in jobs:
         try:
             outcome = run_job(json.loads(line), target, pipe, interrupt)
+        except OtherCode as error:
+            pipe.send("ended", leaving=True, halt=str(error))
+            os._exit(1)
         except OSError as error:
             if not is_full(error):
                 raise
-            pipe.send("ended", leaving=True, halt=str(error)[:1000])
+            pipe.send(
+                "ended", leaving=True, halt=f"{str(error)[:1000]}; free some space and start it again: it goes on"
+            )
             os._exit(1)
         # After an error this process may be unusable (a CUDA context after an assertion, memory that nobody frees).
         leaving = interrupt.asked or outcome is None or outcome.outcome == "failed"
@@ -154,12 +159,16 @@ def main(arguments: list[str] | None = None) -> None:
             os._exit(0)  # all is saved; to take torch down in order would keep the replacement waiting
 
 
+class OtherCode(Exception):
+    """The driver has planned with other code than runs here: its key would stand for results of this one."""
+
+
 def run_job(
     job: dict[str, Any], target: Callable[..., RunOutcome], pipe: EventPipe, interrupt: Interrupt
 ) -> RunOutcome | None:
     """Train one job with stdout and stderr in its log. Its folder holds an outcome afterwards.
 
-    Whatever happens, but for a full disk, which raises its ``OSError``.
+    Whatever happens, but for a full disk, which raises its ``OSError``, and :class:`OtherCode`.
     """
     runs = Path(job["runs"])
     identity = RunIdentity(**job["identity"])
@@ -178,10 +187,14 @@ def run_job(
         try:
             config = ExperimentConfig.parse(job["config"], f"job {identity.key}")
             if config.key() != identity.key:
-                raise UserError("the code of a mixer has changed since the sweep was started; start it again")
+                raise OtherCode(
+                    "its code has been edited since it was started, or is another on this machine; start it again"
+                )
             tracking = _tracking(job["tracking"])
             with interrupt.around_training():
                 target(config, identity, runs, tracking=tracking, on_progress=on_progress)
+        except OtherCode:
+            raise
         except Interrupted:
             _leave(folder, identity, job, RunOutcome("killed", "interrupted before it could save its state"))
         except Exception as error:
@@ -195,22 +208,6 @@ def run_job(
 def load_target(text: str) -> Callable[..., RunOutcome]:
     module, _, name = text.partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-def die_with(driver: int) -> None:
-    """End this process when the driver ends, however it does: it would write to folders that a next driver owns."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    else:
-        threading.Thread(target=_watch, args=(driver,), daemon=True).start()
-    if os.getppid() != driver:
-        os._exit(1)
-
-
-def _watch(driver: int) -> None:
-    while os.getppid() == driver:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 @contextlib.contextmanager

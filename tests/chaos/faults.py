@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable
@@ -25,6 +27,7 @@ SIXTY = SIXTY.replace("seeds = [0, 1]", "seeds = [0, 1, 2, 3, 4, 5]").replace("t
 END_WITHIN_S = 5.0
 # The first run of a worker is silent for seconds while its libraries warm up, longer beside other processes.
 STALL_S = 20
+LOCKED_S = 30.0
 
 
 class Skipped(Exception):
@@ -233,6 +236,65 @@ def disk_full(sandbox: Sandbox) -> None:
     sandbox.runs = sandbox.folder / "copy"
 
 
+def server_killed(sandbox: Sandbox) -> None:
+    """MLflow's server killed while trainings log to it, then started again."""
+    server = sandbox.server()
+    sandbox.start()
+    sandbox.wait_event("run_ended", 1)
+    sandbox.wait_event("run_progress", 3)
+    sandbox.fault()
+    server.kill()
+    sandbox.wait_event("run_ended", 4)
+    server.start()
+    if (code := sandbox.finish()) != 0:
+        raise AssertionError(f"the sweep ended with {code}: {sandbox.errors()[-500:]}")
+    sandbox.sync()
+
+
+def store_locked(sandbox: Sandbox) -> None:
+    """The SQLite store locked by another process for 30 s, from the first training on."""
+    sandbox.start()
+    sandbox.wait_event("run_progress", 1)
+    with sqlite3.connect(sandbox.runs / "mlflow.db", timeout=60, isolation_level=None) as store:
+        store.execute("BEGIN EXCLUSIVE")
+        sandbox.fault()
+        locked_until = time.monotonic() + LOCKED_S
+        sandbox.wait_event("run_ended", 4)
+        if time.monotonic() > locked_until:
+            raise AssertionError("trainings waited for the store")
+        time.sleep(max(0.0, locked_until - time.monotonic()))
+        store.execute("ROLLBACK")
+    store.close()
+    if (code := sandbox.finish()) != 0:
+        raise AssertionError(f"the sweep ended with {code}: {sandbox.errors()[-500:]}")
+    sandbox.sync()
+
+
+def ray_workers(sandbox: Sandbox) -> None:
+    """On Ray: the process of Ray that holds a worker killed, then a worker, then the driver, which nothing outlives."""
+    if importlib.util.find_spec("ray") is None:
+        raise Skipped("Ray is not installed: pip install 'mixlab[ray]'")
+    sandbox.start()
+    sandbox.wait_event("run_progress", 1)
+    sandbox.signal(parent_of(sandbox.workers()[0]), signal.SIGKILL)
+    sandbox.wait_event("run_retried", 1)
+    sandbox.wait_event("run_ended", 2)
+    sandbox.wait(lambda: bool(sandbox.workers()), "worker")
+    sandbox.kill_worker()
+    sandbox.wait_event("run_ended", 3)
+    sandbox.kill_driver()
+    deadline = time.monotonic() + END_WITHIN_S
+    while sandbox.processes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if left := sandbox.processes():
+        raise AssertionError(f"{len(left)} processes outlive their driver for {END_WITHIN_S:g} s")
+    sandbox.restart_and_finish()
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 @dataclass(frozen=True)
 class Fault:
     """``n`` is how often it has to happen at least; ``sixty``: in the sweep of 60 runs, not in that of 8."""
@@ -247,7 +309,7 @@ class Fault:
 
     def sandbox(self, seed: int, deadline: float) -> Sandbox:
         options = (*(() if self.tracked else UNTRACKED), *self.options)
-        return Sandbox(seed, SIXTY if self.sixty else self.text, options, self.environment, deadline)
+        return Sandbox(seed, SIXTY if self.sixty else self.text, options, {**self.environment}, deadline)
 
 
 HUNGRY = SWEEP.replace("[tune]", '[arms.hungry]\nmixer = "chaos_hungry"\n[tune]')
@@ -265,4 +327,7 @@ FAULTS = {
     "two_drivers": Fault(two_drivers),
     "clock_back": Fault(clock_back, n=2, tracked=True, environment={"PYTHONPATH": str(HERE / "clock")}),
     "disk_full": Fault(disk_full),
+    "server_killed": Fault(server_killed, tracked=True),
+    "store_locked": Fault(store_locked, tracked=True),
+    "ray_workers": Fault(ray_workers, n=3, options=("--ray", "auto")),
 }

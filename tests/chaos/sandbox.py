@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.stores import MlflowServer
+
 TOP = Path(__file__).parent.parent.parent
 NAME = "chaos"
 MARK = "MIXLAB_CHAOS"
@@ -99,6 +101,7 @@ class Sandbox:
     faults_at: list[float] = field(default_factory=list)
     redone: set[str] = field(default_factory=set)  # keys of results that a fault destroyed: they are made again
     runs: Path = field(init=False)
+    _server: MlflowServer | None = None
 
     def __post_init__(self) -> None:
         self.runs = self.folder / "runs"
@@ -111,6 +114,23 @@ class Sandbox:
     def driver(self) -> Driver:
         return self.drivers[-1]
 
+    def server(self) -> MlflowServer:
+        """A tracking server for this sweep, ended with the sandbox."""
+        folder = self.folder / "server"
+        folder.mkdir()
+        self._server = MlflowServer(folder)
+        self._server.start()
+        self.environment["MLFLOW_TRACKING_URI"] = self._server.uri
+        return self._server
+
+    def sync(self) -> None:
+        """``mixlab sync``, as a user does whose store was away."""
+        words = [sys.executable, "-m", "mixlab", "sync", NAME, "--runs", str(self.runs)]
+        environment = {**os.environ, **self.environment}
+        done = subprocess.run(words, cwd=TOP, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise AssertionError(f"mixlab sync ended with {done.returncode}: {done.stderr[-500:]}")
+
     def start(self) -> Driver:
         """One more driver; the sweep goes on."""
         errors = open(self.folder / f"errors-{len(self.drivers)}.txt", "w", encoding="utf-8")  # noqa: SIM115
@@ -118,7 +138,13 @@ class Sandbox:
         process = subprocess.Popen(
             [*command, "--runs", str(self.runs), "--workers", "2", "--json", *self.options],
             cwd=TOP,
-            env={**os.environ, MARK: self.mark, "CHAOS_FLAG": str(self.flag), **self.environment},
+            env={
+                **os.environ,
+                MARK: self.mark,
+                "CHAOS_FLAG": str(self.flag),
+                "RAY_TMPDIR": str(self.ray_folder),
+                **self.environment,
+            },
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
@@ -172,7 +198,15 @@ class Sandbox:
         """All that live and bear the mark, whoever their parents are by now."""
         mark = f"{MARK}={self.mark}".encode()
         found = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-        return [pid for pid in found if mark in _read(pid, "environ").split(b"\0") and not _is_zombie(pid)]
+        marked = {pid for pid in found if mark in _read(pid, "environ").split(b"\0")}
+        if "--ray" in self.options:  # its processes write their titles over their environment
+            marked |= {pid for pid in found if _has_open(pid, str(self.ray_folder))}
+        return [pid for pid in sorted(marked) if not _is_zombie(pid)]
+
+    @property
+    def ray_folder(self) -> Path:
+        """Where Ray keeps sockets and logs: Unix allows their paths about a hundred characters."""
+        return Path(tempfile.gettempdir()) / f"chaos-{self.mark[:8]}"
 
     def kill_worker(self) -> bool:
         """SIGKILL for a worker chosen at random; False where there is none."""
@@ -219,6 +253,9 @@ class Sandbox:
     def remove(self) -> None:
         for driver in self.drivers:
             driver.process.stdout.close()
+        if self._server is not None:
+            self._server.kill()
+        shutil.rmtree(self.ray_folder, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -235,6 +272,17 @@ def _read(pid: int, name: str) -> bytes:
         return Path(f"/proc/{pid}/{name}").read_bytes()
     except OSError:
         return b""
+
+
+def _has_open(pid: int, folder: str) -> bool:
+    """Whether a process has a file or socket in ``folder`` open, or works there."""
+    for link in (*Path(f"/proc/{pid}").glob("fd/*"), Path(f"/proc/{pid}/cwd")):
+        try:
+            if os.readlink(link).startswith(folder):
+                return True
+        except OSError:  # it has just ended, or closed it
+            continue
+    return False
 
 
 def _is_zombie(pid: int) -> bool:

@@ -64,7 +64,7 @@ def judge(sandbox: Sandbox, truth: Found) -> Verdict:
             verdict.problems.append(f"{arm_cell}: chosen {found.chosen.get(arm_cell)} instead of {choice}")
     verdict.problems += left_over(sandbox.runs)
     if "--no-tracking" not in sandbox.options:
-        verdict.problems += mlflow_problems(sandbox.runs)
+        verdict.problems += mlflow_problems(sandbox.runs, sandbox.environment.get("MLFLOW_TRACKING_URI"))
     return verdict
 
 
@@ -88,12 +88,12 @@ def left_over(runs: Path) -> list[str]:
     return [f"left over: {', '.join(names)}"] if names else []
 
 
-def mlflow_problems(runs: Path) -> list[str]:
+def mlflow_problems(runs: Path, uri: str | None = None) -> list[str]:
     """Where MLflow has not exactly one finished run for each record, with the same final metrics."""
     from experiments.paths import tracking_uri
     from experiments.tracking.client import all_runs, client_of
 
-    client = client_of(tracking_uri(runs))
+    client = client_of(uri or tracking_uri(runs))
     experiment = client.get_experiment_by_name(NAME)
     by_key: dict[str, list[Any]] = {}
     for run in all_runs(client, experiment.experiment_id, "tags.`mixlab.key` LIKE '%'"):

@@ -1,6 +1,6 @@
 """Stands in for the training: keeps the same records and obeys the same interrupts, in milliseconds.
 
-``FAKE_TARGET`` (JSON) sets how it behaves; every completed run appends its key to RUNS/<sweep>/completions.log.
+``MIXLAB_FAKE_TARGET`` (JSON) sets how it behaves; every completed run appends its key to RUNS/<sweep>/completions.log.
 
     n_steps, step_s           length of a run
     (train.eval_every > 0)    the select metric is reported after every step
@@ -39,7 +39,7 @@ BEST_LR = 3e-3
 def run_experiment(
     config: ExperimentConfig, identity: RunIdentity, runs: Path, *, tracking: Any, on_progress: OnProgress
 ) -> RunOutcome:
-    behaviour = json.loads(os.environ.get("FAKE_TARGET", "{}"))
+    behaviour = json.loads(os.environ.get("MIXLAB_FAKE_TARGET", "{}"))
     folder = run_folder(runs, identity.sweep, identity.key)
     write_identity(folder, identity, config.resolved())
     (folder / "outcome.json").unlink(missing_ok=True)

@@ -86,7 +86,7 @@ def start_driver(sweep_file: Path, runs: Path, *overrides: str, behaviour: dict[
     """A driver in a process of its own, printing events."""
     return subprocess.Popen(
         [sys.executable, "-m", "tests.sweeps.drive", str(sweep_file), str(runs), *overrides],
-        env={**os.environ, "FAKE_TARGET": json.dumps(behaviour)},
+        env={**os.environ, "MIXLAB_FAKE_TARGET": json.dumps(behaviour)},
         cwd=TOP,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

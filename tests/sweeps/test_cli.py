@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -16,6 +17,19 @@ from sweeps.cli import commands
 from sweeps.lock import driver_lock
 from sweeps.status import sweep_status
 from tests.sweeps.helpers import TOP, TUNED, drive, tiny, tuned, write_sweep
+
+BROKEN = """
+import os
+from mixers.registry import register
+from mixers.softmax import SoftmaxAttention
+
+@register("broken_once")
+class Broken(SoftmaxAttention):
+    def forward(self, *args, **options):
+        if "MIXLAB_BROKEN" in os.environ and self.training:
+            raise RuntimeError("broken")
+        return super().forward(*args, **options)
+"""
 
 
 def mixlab(*words: str):
@@ -85,7 +99,7 @@ def test_a_real_sweep_with_tracking_runs_continues_and_has_a_status(tmp_path, mo
 
 
 def test_status_counts_by_outcome_and_lists_failures(tmp_path, monkeypatch):
-    monkeypatch.setenv("FAKE_TARGET", json.dumps({"outcome": {"0.1": "diverged", "1": "raise"}}))
+    monkeypatch.setenv("MIXLAB_FAKE_TARGET", json.dumps({"outcome": {"0.1": "diverged", "1": "raise"}}))
     runs = tmp_path / "runs"
     drive(tuned(tmp_path, 4), runs)
     values = json.loads(mixlab("status", tmp_path / "tiny.toml", "--runs", runs, "--json").stdout)
@@ -99,8 +113,26 @@ def test_status_counts_by_outcome_and_lists_failures(tmp_path, monkeypatch):
     assert "ValueError: this seed is bad" in text
 
 
+def test_retry_runs_what_failed_once_more(tmp_path, monkeypatch):
+    runs, sweep_file = tmp_path / "runs", write_sweep(tmp_path)
+    words = (sweep_file, "--runs", runs, "--no-tracking", "--workers", "1", "--json")
+    broken = tmp_path / "broken.py"
+    broken.write_text(BROKEN, encoding="utf-8")
+    monkeypatch.setenv("MIXLAB_BROKEN", "1")
+    words += ("arms.wide.mixer=broken_once", "seeds=[0]", "--plugin", broken)
+    assert mixlab("run", *words).exit_code == 1
+    monkeypatch.delenv("MIXLAB_BROKEN")
+    assert mixlab("run", *words).exit_code == 1  # it stands as a result
+    with pytest.raises(click.UsageError, match="say which runs: --failed"):
+        commands[0].main(["retry", str(sweep_file)], standalone_mode=False)
+    retried = mixlab("retry", "--failed", *words)
+    assert retried.exit_code == 0
+    started = [e for line in retried.stdout.splitlines() if (e := json.loads(line))["event"] == "run_started"]
+    assert [event["arm"] for event in started] == ["wide"]
+
+
 def test_status_of_a_sweep_in_progress(tmp_path, monkeypatch):
-    monkeypatch.setenv("FAKE_TARGET", "{}")
+    monkeypatch.setenv("MIXLAB_FAKE_TARGET", "{}")
     runs = tmp_path / "runs"
     drive(tiny(tmp_path), runs)
     first, second, *_ = read_sweep_runs(runs, "tiny")
@@ -116,7 +148,7 @@ def test_status_of_a_sweep_in_progress(tmp_path, monkeypatch):
 
 
 def test_status_of_an_unknown_sweep(tmp_path, monkeypatch):
-    monkeypatch.setenv("FAKE_TARGET", "{}")
+    monkeypatch.setenv("MIXLAB_FAKE_TARGET", "{}")
     drive(tiny(tmp_path), tmp_path / "runs")
     with pytest.raises(UserError, match=r"no sweep 'tinny' under .*; did you mean 'tiny'"):
         mixlab("status", "tinny", "--runs", tmp_path / "runs")

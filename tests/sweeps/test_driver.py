@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from experiments.errors import UserError
-from experiments.records import n_attempts, read_outcome, read_sweep_runs
-from sweeps.executor import memory_kills
+from experiments.records import n_attempts, read_json, read_outcome, read_sweep_runs, write_json
+from sweeps.local_executor import memory_kills
 from sweeps.lock import driver_lock, driver_runs
 from sweeps.plan import plan
 from sweeps.saved import read_saved
-from tests.sweeps.helpers import completions, drive, tiny, tuned
+from tests.sweeps.fake_target import TARGET
+from tests.sweeps.helpers import TOP, completions, drive, tiny, tuned, write_sweep
+
+PLUGIN = """
+import sys
+from mixers.registry import register
+from mixers.softmax import SoftmaxAttention
+
+@register("of_the_plugin")
+class OfThePlugin(SoftmaxAttention):
+    pass
+
+if "sweeps.worker" in sys.orig_argv:
+    raise RuntimeError("loaded in the worker")
+"""
 
 
 @pytest.fixture
 def behave(monkeypatch):
     def set_behaviour(**behaviour):
-        monkeypatch.setenv("FAKE_TARGET", json.dumps(behaviour))
+        monkeypatch.setenv("MIXLAB_FAKE_TARGET", json.dumps(behaviour))
 
     set_behaviour()
     return set_behaviour
@@ -271,11 +287,40 @@ def test_workers_that_can_not_start_are_one_clear_line(tmp_path, behave):
         drive(tiny(tmp_path), tmp_path / "runs", target="no_such_module:run")
 
 
+def test_a_driver_of_its_own_needs_no_torch_and_says_what_has_been_edited(tmp_path, behave):
+    path, runs = write_sweep(tmp_path), tmp_path / "runs"
+    words = {"sweep": str(path), "overrides": {"seeds": [0]}, "runs": str(runs), "target": TARGET, "tracked": False}
+    code = "import sys; from sweeps.bench_driver import main; main(); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(words)], cwd=TOP, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    taken = json.loads(done.stdout)
+    assert taken["outcomes"] == {"finished": 2}
+    assert taken["peak_bytes"] < 200 << 20
+    saved = read_json(runs / "tiny" / "sweep.json")
+    assert "experiments/train.py" in saved["code"]
+    write_json(runs / "tiny" / "sweep.json", {**saved, "code": {**saved["code"], "experiments/train.py": "other"}})
+    result, events = drive(tiny(tmp_path, seeds=[0]), runs)
+    assert result.outcomes == {"finished": 2}  # by the same keys: the plan was made in a process of its own, and here
+    notes = [event["message"] for event in events if event["event"] == "note"]
+    assert notes == ["edited since the last start: experiments/train.py; runs that depend on it are run again"]
+    assert not [event for event in events if event["event"] == "run_started"]
+
+
 def test_workers_load_the_plugins(tmp_path, behave):
     plugin = tmp_path / "plugin.py"
-    plugin.write_text("raise RuntimeError('loaded in the worker')\n", encoding="utf-8")
+    plugin.write_text(PLUGIN, encoding="utf-8")
     with pytest.raises(UserError, match="loaded in the worker"):
         drive(tiny(tmp_path), tmp_path / "runs", plugins=(str(plugin),))
+
+
+def test_code_that_is_edited_while_the_sweep_runs_ends_it_and_spoils_no_record(tmp_path, behave):
+    plugin = tmp_path / "plugin.py"
+    edits_itself = PLUGIN.replace("raise RuntimeError(", "open(__file__, 'a').write('X = 1\\n') or print(")
+    plugin.write_text(edits_itself.replace("of_the_plugin", "edits_itself"), encoding="utf-8")
+    sweep = tiny(tmp_path, arms__wide__mixer="edits_itself", seeds=[0])
+    with pytest.raises(UserError, match="sweep tiny: its code has been edited since it was started, or is another on"):
+        drive(sweep, tmp_path / "runs", plugins=(str(plugin),), n_workers=1)
+    assert [run.identity.arm for run in read_sweep_runs(tmp_path / "runs", "tiny")] == ["narrow"]
 
 
 def test_zero_workers(tmp_path, behave):

@@ -75,7 +75,7 @@ def test_a_worker_and_then_the_driver_killed_in_the_middle_leave_a_sweep_that_go
     n_before = sum(record.outcome is not None for record in read_sweep_runs(runs, "tiny"))
     assert 3 <= n_before < 8
 
-    monkeypatch.setenv("FAKE_TARGET", json.dumps(SHORT))
+    monkeypatch.setenv("MIXLAB_FAKE_TARGET", json.dumps(SHORT))
     sweep = tiny(tmp_path, seeds=SEEDS)
     result, events = drive(sweep, runs)
     assert result.outcomes == {"finished": 8}
@@ -105,7 +105,7 @@ def test_a_second_driver_is_refused_and_ctrl_c_saves_and_ends_within_five_second
     killed = read_sweep_runs(runs, "tiny")
     assert [record.outcome.outcome for record in killed] == ["killed", "killed"]
 
-    monkeypatch.setenv("FAKE_TARGET", "{}")
+    monkeypatch.setenv("MIXLAB_FAKE_TARGET", "{}")
     result, _ = drive(tiny(tmp_path), runs)
     assert result.outcomes == {"finished": 4}
     for record in killed:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import termios
+import time
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
+from sweeps.cli import SORTS as commands_sorts
 from sweeps.events import Chosen, Note, RunEnded, RunProgress, RunRetried, RunStarted, SweepEnded, SweepStarted
-from sweeps.live import JsonView, LineView, LiveView, View, duration, view_for
+from sweeps.keys import Keys
+from sweeps.live import SORTS, JsonView, LineView, LiveView, View, duration, view_for
 
 STARTED = SweepStarted("s", "why?", "2 arms x 1 cell", 8, 2, 2, "minimize", "select/loss", "report/loss")
 PROGRESS = RunProgress("k1", "gdn", "all", 0, 5, 20, {"train/loss": 0.25, "mixer/0/gate": 1.0})
@@ -55,13 +61,53 @@ def test_best_follows_the_direction_and_diverged_trials_are_counted_apart():
     assert row.split() == ["gdn", "all", "3", "2", "1", "0.25", "0.4", "lr=0.001"]
 
 
+def test_the_table_is_sorted_as_asked_and_by_the_key_s():
+    ends = [("b", 0.5), ("a", 0.25), ("c", None)]
+    events = [STARTED] + [replace(run_ended(value), arm=arm, worker=None) for arm, value in ends]
+    main, terminal = os.openpty()
+    console = Console(file=io.StringIO(), width=100, force_terminal=False)
+    view = LiveView(console, _keys=OursKeys(terminal))
+    try:
+        with view:
+            for event in events:
+                view.take(event)
+            orders = []
+            for _ in SORTS:
+                lines = [line.split() for line in console_text(view.render()).splitlines()]
+                orders.append("".join(line[0] for line in lines if line[:1] and line[0] in ("a", "b", "c")))
+                os.write(main, b"s")
+                deadline = time.monotonic() + 5
+                before = view.sort
+                while view.sort == before and time.monotonic() < deadline:
+                    view.tick()
+        assert orders == ["bac", "abc", "bac", "abc", "bac"]  # begun, arm, cell, best (lower is better), mean
+        assert termios.tcgetattr(terminal)[3] & termios.ECHO  # as it was
+    finally:
+        os.close(main)
+        os.close(terminal)
+    assert commands_sorts == SORTS
+
+
+class OursKeys(Keys):
+    """The test's terminal is nobody's foreground."""
+
+    def _is_ours(self):
+        return True
+
+
+def console_text(renderable):
+    console = Console(file=io.StringIO(), width=100, force_terminal=False)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
 def test_a_long_table_fits_the_terminal():
     events = [STARTED, *(RunStarted(f"k{i}", f"arm{i}", "all", "replicate", 0, None, 0) for i in range(50))]
     text = shown(events, height=20)
     assert len(text.splitlines()) <= 20
     assert "arm49" in text
     assert "arm1 " not in text
-    assert "of 50 arms and cells" in text
+    assert "10 of 50; all: mixlab sweep status s" in text
 
 
 def test_lines_without_a_terminal():

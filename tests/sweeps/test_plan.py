@@ -76,7 +76,8 @@ def test_keys_do_not_hang_on_how_the_file_is_written(tmp_path):
     keys = [run.key for arm_cell in plan(tiny(tmp_path)).arm_cells for run in arm_cell.replicates({})]
     reordered = tiny(tmp_path, seeds=[1, 0], question="Other words", arms__wide__mixer=" softmax ")
     assert {run.key for arm_cell in plan(reordered).arm_cells for run in arm_cell.replicates({})} == set(keys)
-    assert keys[0] == PINNED_KEY, "keys changed: finished runs of existing sweeps would all be run again"
+    released = plan(tiny(tmp_path)).arm_cells[0].replicates({})[0].config.key(code={})
+    assert released == PINNED_KEY, "keys changed: finished runs of existing sweeps would all be run again"
 
 
 @pytest.mark.parametrize(

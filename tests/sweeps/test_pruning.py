@@ -24,7 +24,7 @@ BEHAVIOUR = json.dumps({"n_steps": 10, "step_s": 0.05})
 
 
 def test_trials_worse_than_the_median_end_early_and_never_win(tmp_path, monkeypatch):
-    monkeypatch.setenv("FAKE_TARGET", BEHAVIOUR)
+    monkeypatch.setenv("MIXLAB_FAKE_TARGET", BEHAVIOUR)
     # The last of the evenly spaced learning rates are the worst at every step.
     sweep = tuned(tmp_path, 6, tune__train__lr={"log_uniform": [3e-3, 1e-1]}, **PRUNED)
     result, events = drive(sweep, tmp_path, n_workers=1)
@@ -44,7 +44,7 @@ def test_trials_worse_than_the_median_end_early_and_never_win(tmp_path, monkeypa
 
 
 def test_without_the_pruner_pruned_trials_are_run_to_their_end(tmp_path, monkeypatch):
-    monkeypatch.setenv("FAKE_TARGET", BEHAVIOUR)
+    monkeypatch.setenv("MIXLAB_FAKE_TARGET", BEHAVIOUR)
     options = {**PRUNED, "tune__train__lr": {"log_uniform": [3e-3, 1e-1]}}
     drive(tuned(tmp_path, 4, **options), tmp_path, n_workers=1)
     options |= {"search__pruner": "none", "search__pruner_options": {}}
@@ -54,7 +54,7 @@ def test_without_the_pruner_pruned_trials_are_run_to_their_end(tmp_path, monkeyp
 
 
 def test_hyperband_lets_the_best_trial_finish(tmp_path, monkeypatch):
-    monkeypatch.setenv("FAKE_TARGET", BEHAVIOUR)
+    monkeypatch.setenv("MIXLAB_FAKE_TARGET", BEHAVIOUR)
     options = {**PRUNED, "search__pruner": "hyperband", "search__pruner_options": {"reduction_factor": 2}}
     sweep = tuned(tmp_path, 6, tune__train__lr={"log_uniform": [3e-3, 1e-1]}, budget__max_steps=10, **options)
     result, events = drive(sweep, tmp_path, n_workers=1)
