@@ -29,6 +29,14 @@ from experiments.bench.package import DIFFERENCES, INSTALL, is_installed
 from experiments.errors import UserError
 
 LAYER_TOKENS = 1024
+# n, K = V, C, B and scope of what tests, tutorials and small sweeps run.
+SMALL_SIZES = [
+    (n, width, chunk, batch, scope)
+    for n in (32, 64, 128)
+    for width in (64, 128)
+    for chunk in (16, 64)
+    for batch, scope in ((8, "sequence"), (64, "shared"))
+] + [(n, 64, chunk, batch, "sequence") for n in (32, 64) for chunk in (16, 64) for batch in (2, 64)]
 
 
 @dataclass(frozen=True)
@@ -137,12 +145,12 @@ def groups(s: Settings) -> Iterator[tuple[str, list[Case]]]:
 
 def _small_groups(s: Settings, asked: tuple[str, ...]) -> Iterator[tuple[str, list[Case]]]:
     impls = ["auto", *(impl for impl in ("reference", "sparse") if impl in asked)]
-    sizes = [(n, width, chunk) for n in (32, 64, 128) for width in (64, 128) for chunk in (16, 64)]
-    for n, width, chunk in sizes[:1] if s.quick else sizes:
+    for n, width, chunk, batch, scope in SMALL_SIZES[:1] if s.quick else SMALL_SIZES:
         for backward in (False, True):
-            title = f"small layer, {'training' if backward else 'forward'}, n={n}, K=V={width}, C={chunk}, 32 x 128"
+            kind = "training" if backward else "forward"
+            title = f"small layer, {kind}, n={n}, K=V={width}, C={chunk}, {batch} x 128 tokens, {scope} memory"
             cases = [
-                Case("small", impl, "sequence", n, 32, 128, chunk, width, width, 8, s.device, s.seed, backward)
+                Case("small", impl, scope, n, batch, 128, chunk, width, width, 8, s.device, s.seed, backward)
                 for impl in impls
             ]
             yield title, cases

@@ -266,7 +266,10 @@ class FastWeightPKM(Mixer):
         q = self.q_proj(self.q_norm(x)).view(n_sequences, n_tokens, c.n_heads, self.key_dim)
         v = self.v_proj(self.v_norm(x))
         if c.z_score and n_tokens:
-            v = (v - v.mean(-1, keepdim=True)) / (v.std(-1, keepdim=True) + ZSCORE_EPS)
+            # The norm of what is left is the deviation times sqrt(V - 1); Tensor.std takes three times as long.
+            v = v - v.mean(-1, keepdim=True)
+            deviation = torch.linalg.vector_norm(v, dim=-1, keepdim=True) * (self.value_dim - 1) ** -0.5
+            v = v / (deviation + ZSCORE_EPS)
         gate = None
         if c.use_gate or c.gate_weighting:
             gate = torch.sigmoid(self.gate_proj(self.gate_norm(x)).mean(-1))
