@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from analysis.axes import axis, human
 from analysis.comparison import Comparison
+from analysis.patterns import mixer_names, windowed
 from analysis.runs import RunRow, replicates
 from sweeps.saved import SavedSweep
 
@@ -55,13 +56,6 @@ class Note:
     text: str
 
 
-def mixer_names(pattern: str) -> list[str]:
-    """Names of the mixers in a pattern such as ``gated_deltanet*3,softmax(window=512) | pkm:channel@6 + fwpkm@2``."""
-    without_options = re.sub(r"\([^()]*\)", "", pattern)
-    found = re.findall(r"(?<![\w:])[A-Za-z_]\w*", without_options)
-    return list(dict.fromkeys(found))
-
-
 def pattern_notes(pattern: str, *, shared: bool = False) -> list[str]:
     """What the mixers of a pattern can't do by their nature. ``shared``: the state protocol shares one state."""
     names = mixer_names(pattern)
@@ -77,7 +71,7 @@ def pattern_notes(pattern: str, *, shared: bool = False) -> list[str]:
         notes.append(CHUNKED_MEMORY)
     if "softmax" in names:
         # a hybrid may have both kinds of attention layer
-        n_windows = len(re.findall(r"softmax\([^()]*window=\d", compact))
+        n_windows = windowed(pattern)
         notes.extend([WINDOW] if n_windows else [])
         notes.extend([GROWING_STATE] if n_windows < len(re.findall(r"\bsoftmax\b", compact)) else [])
     if shared or re.search(r"""scope=["']?shared""", compact):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from analysis.axes import axis
@@ -14,6 +15,7 @@ from analysis.comparison import (
 )
 from analysis.findings import Findings, findings
 from analysis.findings import as_json as findings_json
+from analysis.history import MemoryUse
 from analysis.method import method
 from analysis.notes import notes_for
 from analysis.palette import styles
@@ -35,12 +37,15 @@ def payload(
     y: str | None = None,
     experiment_id: str = "",
     environment: dict[str, Any] | None = None,
+    history: Iterable[MemoryUse] = (),
 ) -> dict[str, Any]:
     """``comparisons`` as ``mixlab compare --json`` gives them, the single runs, and how to show both.
 
     With the statistics: ``paired``, ``pareto_probability``, ``bootstrap``, ``capacity``, ``tuning``, ``exclusions``
     (:func:`analysis.findings.as_json`) and ``method`` (:func:`analysis.method.method`). ``settings`` of a run holds
     those in which runs differ, ``shared_settings`` the others. ``found``: the findings, where they are at hand.
+
+    ``history`` of fast-weight memories over training becomes ``memory_use``.
 
     ``experiment_id`` is that of MLflow when the page is served beside it: then runs are links.
     """
@@ -82,6 +87,7 @@ def payload(
         "comparisons": as_json(comparisons),
         "runs": [{**vars(row), "settings": {name: row.settings.get(name) for name in differing}} for row in runs],
         **findings_json(found),
+        "memory_use": [finite(vars(each)) for each in history],
     }
     return finite(few) | many
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.config import flatten
 from experiments.errors import UserError, nearest
-from experiments.records import RunRecord, read_run, run_folder
+from experiments.records import RunRecord, read_json, read_run, run_folder
 from sweeps.saved import SavedRun, SavedSweep, read_saved
 
 if TYPE_CHECKING:
@@ -222,3 +222,18 @@ def _all_pages(page: Any) -> list[Any]:
 
 def replicates(rows: Iterable[RunRow]) -> list[RunRow]:
     return [row for row in rows if row.role == "replicate"]
+
+
+def environments(runs: Path, sweep: str, rows: Iterable[RunRow]) -> dict[str, Any]:
+    """What the runs ran on: package ``versions`` and ``git``, ``device`` and ``platform`` states, each value once."""
+    found: dict[str, dict[str, Any]] = {"versions": {}, "git": {}, "device": {}, "gpu": {}, "platform": {}}
+    for row in rows:
+        values = read_json(run_folder(runs, sweep, row.key) / "environment.json")
+        if not isinstance(values, dict):
+            continue
+        for name, version in values.get("versions", {}).items():
+            found["versions"][f"{name} {version}"] = None
+        for name in ("git", "device", "gpu", "platform"):
+            if values.get(name):
+                found[name][str(values[name])] = None
+    return {name: sorted(seen) for name, seen in found.items() if seen}

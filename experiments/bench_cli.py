@@ -9,17 +9,33 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from experiments.bench.case import IMPLEMENTATIONS, SCENES
+from experiments.bench_mixers_cli import STDOUT, bench_mixers, replace
 
 if TYPE_CHECKING:
     from experiments.bench.fwpkm import Report
 
-STDOUT = "-"
 QUICK = {"n": (64,), "repeats": 3, "width": 128, "chunk": 128, "memory": False}
 
 
-@click.group()
+class _MixersUnlessNamed(click.Group):
+    """A group whose command ``mixers`` runs unless the first word is another of its commands, or asks for help."""
+
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        if not arguments or arguments[0] not in {*self.commands, *context.help_option_names}:
+            arguments = [bench_mixers.name or "", *arguments]
+        return super().parse_args(context, arguments)
+
+
+@click.group(cls=_MixersUnlessNamed, subcommand_metavar="[COMMAND | MIXER...] [OPTIONS]")
 def bench() -> None:
-    """Measure time and memory of implementations, next to each other in one run."""
+    """Measure what mixers cost, next to each other in one run.
+
+    Without a COMMAND it is `mixers`: `mixlab bench softmax kda`, or `mixlab bench` for all. A MIXER that is called
+    like a command is named after it: `mixlab bench mixers fwpkm`.
+    """
+
+
+bench.add_command(bench_mixers)
 
 
 @bench.command()
@@ -71,12 +87,12 @@ def fwpkm(json_to: str | None, quick: bool, **options: Any) -> None:
         for title, rows in benchmark.measure(report, say):
             print_group(console, title, rows)
             if file is not None:
-                _replace(file, _values(report))
+                replace(file, _values(report))
     except KeyboardInterrupt:
         was_interrupted = True
     print_goals(console, goals(report.rows, settings.device))
     if file is not None:
-        _replace(file, _values(report, was_interrupted))
+        replace(file, _values(report, was_interrupted))
     elif json_to == STDOUT:
         click.echo(json.dumps(_values(report, was_interrupted), indent=1))
     if was_interrupted:
@@ -99,10 +115,3 @@ def _values(report: Report, was_interrupted: bool = False) -> dict[str, Any]:
         "rows": report.rows,
         "goals": goals(report.rows, report.settings.device),
     }
-
-
-def _replace(file: Path, values: dict[str, Any]) -> None:
-    """Write at once, so that a reader never meets half a file."""
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(json.dumps(values, indent=1))
-    part.replace(file)

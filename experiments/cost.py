@@ -16,6 +16,8 @@ from experiments.turns import Turns
 from mixers.base import Mixer, state_bytes
 
 N_FLOP_CONTEXTS = 33
+# Of a training step, relative to its forward pass.
+TRAINING_FLOPS = 3.0
 N_DECODE_TOKENS = 16
 N_PREFILL_REPEATS = 3
 
@@ -27,7 +29,10 @@ def measure_cost(model: Backbone, n_tokens: int, compute: Compute, turns: Turns 
         chunks holds a full queue just before a chunk ends. A memory that stores only what was written counts whole.
     state_bytes_per_token: growth from T to 2T tokens, per token. state_bytes_fixed: the rest of state_bytes.
     state_bytes_shared: the part that does not double with the batch.
-    params: trained parameters (slow weights), not part of the state. flops_per_token: forward, mean over the contexts.
+    params: trained parameters (slow weights), not part of the state. slow_weight_bytes: theirs, as stored.
+    active_params_per_token: those that one token reads, see :func:`active_params`.
+    flops_per_token: forward, mean over the contexts. train_flops_per_token: three times that, the rule for matrix
+        products, whose backward has two for each; ``mixlab bench`` holds it against torch's counter.
     prefill_tokens_per_s: one call on T tokens, batch 1, median. decode_ms_per_token: one-token calls after T, median.
 
     What can't be known has no entry: FLOPs of a mixer that doesn't know them; state and decoding of a model with a
@@ -37,14 +42,36 @@ def measure_cost(model: Backbone, n_tokens: int, compute: Compute, turns: Turns 
     model.eval()
     try:
         cost = _state_cost(model, n_tokens, compute) if model.resumable else {}
-        cost["params"] = float(sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        cost["params"] = float(sum(parameter.numel() for parameter in trained))
+        cost["slow_weight_bytes"] = float(sum(parameter.numel() * parameter.element_size() for parameter in trained))
+        cost["active_params_per_token"] = float(active_params(model))
         flops = [model.flops_per_token(context) for context in cost_contexts(n_tokens)]
         if None not in flops:
             cost["flops_per_token"] = statistics.fmean(flops)
+            cost["train_flops_per_token"] = TRAINING_FLOPS * cost["flops_per_token"]
         with (turns or Turns()).alone():
             return cost | _speed(model, n_tokens, compute)
     finally:
         model.train(was_training)
+
+
+def active_params(model: Backbone) -> int:
+    """Trained parameters that the logits of one token depend on: all but unread rows of tables.
+
+    Tables are those that the mixers declare, the embedding unless it is also the output projection, and learned
+    positions, of which a token reads one row.
+    """
+    unread = sum(
+        sum(parameter.numel() for parameter in mixer.parameters() if parameter.requires_grad)
+        - mixer.active_params_per_token()
+        for mixer in model.named_mixers().values()
+    )
+    tables = [] if model.head is None else [model.embedding.weight]
+    if model.config.positions == "learned":
+        tables.append(model.positions.weight)
+    unread += sum(table.numel() - table.shape[1] for table in tables)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) - unread
 
 
 def cost_contexts(n_tokens: int) -> list[int]:

@@ -105,6 +105,23 @@ class Mixer(nn.Module, ABC):
         of another library's kernels.
         """
 
+    def active_rows(self) -> dict[str, int]:
+        """Trained parameters of which one token reads only some rows, as of a sparsely read table: name -> how many.
+
+        A row is an entry of the first dimension, read when the token's output depends on it. The number is that of a
+        token whose choices all differ; what isn't named is read whole.
+        """
+        return {}
+
+    def active_params_per_token(self) -> int:
+        """Trained parameters that the output of one token depends on: all, but for the rows it leaves unread."""
+        rows = self.active_rows()
+        return sum(
+            parameter[0].numel() * rows[name] if name in rows else parameter.numel()
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad
+        )
+
     @property
     def impl(self) -> str:
         """The implementation that runs, after resolving ``auto``."""

@@ -109,6 +109,11 @@ class ProductKeyLayer(Mixer):
             slots, scores = choose(q, keys, c.top_k, c.score)
             return slots[0], scores[0]
 
+    def active_rows(self) -> dict[str, int]:
+        """k rows for each head, of every table: H k, at most all N."""
+        c = self.config
+        return dict.fromkeys(self.table_names, min(c.n_heads * c.top_k, c.n_subkeys**2))
+
     def _choose_flops(self) -> float:
         """Queries 2 D H K, sub-key scores 2 H n K."""
         c = self.config

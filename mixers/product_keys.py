@@ -89,10 +89,22 @@ def choose(queries: Tensor, keys: Tensor, top_k: int, score: Score) -> tuple[Ten
 @torch.no_grad()
 def best_halves(halves: Tensor, keys: Tensor, top_k: int, score: Score) -> Tensor:
     """The k best of the sub-keys (M,H,2,n,K/2) for each half (M,S,H,2,K/2): (M,S,H,2,k) int64, best first."""
-    coarse = torch.einsum("mshak,mhank->mshan", halves, keys)
+    n_memories, n_queries, n_heads = halves.shape[:3]
+    by_half = halves.permute(0, 2, 3, 1, 4).reshape(2 * n_memories * n_heads, n_queries, halves.shape[-1])
+    best = best_subkeys(by_half, keys.flatten(0, 2), top_k, score)
+    return best.view(n_memories, n_heads, 2, n_queries, top_k).permute(0, 3, 1, 2, 4)
+
+
+@torch.no_grad()
+def best_subkeys(queries: Tensor, keys: Tensor, top_k: int, score: Score) -> Tensor:
+    """The k best of the sub-keys (A,n,K/2) for each query (A,S,K/2) of the same of A tables: (A,S,k) int64, best first.
+
+    idw ranks by <q,key> - |key|^2 / 2: |q|^2 is the same for all sub-keys of a query, and 2 does not change the order.
+    """
     if score == "idw":
-        # |q|^2 is the same for all sub-keys of a query: it does not change the order.
-        coarse = 2 * coarse - keys.square().sum(-1).unsqueeze(1)
+        coarse = torch.baddbmm(torch.linalg.vecdot(keys, keys).unsqueeze(1), queries, keys.mT, beta=-0.5)
+    else:
+        coarse = torch.bmm(queries, keys.mT)
     return coarse.topk(top_k, dim=-1).indices
 
 

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from mixers import product_keys
 from mixers.errors import UserError
-from mixers.fwpkm.sparse_rows import gather_dot, gather_sum, group_accesses, segment_sum
+from mixers.fwpkm.sparse_rows import gather_dot, gather_sum, group_accesses, segment_sum, stable_sort
 
 Impl = Literal["auto", "reference", "sparse", "triton"]
 TRITON_DTYPES = (torch.float32, torch.float64)
@@ -141,6 +141,6 @@ def _scatter(tokens: Tensor, weights: Tensor, slots: Tensor, n_slots: int) -> Te
         accesses = group_accesses(slots)
         rows = segment_sum(tokens, weights, accesses.order, accesses.starts)
         return tokens.new_zeros(n_slots, tokens.shape[1]).index_copy_(0, accesses.rows, rows)
-    in_order, order = torch.sort(slots.flatten(), stable=True)
-    starts = torch.searchsorted(in_order, torch.arange(n_slots + 1, device=slots.device))
+    in_order, order = stable_sort(slots.flatten())
+    starts = torch.searchsorted(in_order, torch.arange(n_slots, device=slots.device))
     return segment_sum(tokens, weights, order, starts)

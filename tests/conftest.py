@@ -6,11 +6,11 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from mixers.kernels.untuned import take_the_first_configuration
 from tests.gpu_report import GpuReport
 
 
@@ -25,35 +25,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if not torch.cuda.is_available():
         raise pytest.UsageError("--gpu-report: this machine has no usable CUDA device; mixlab doctor says why")
     if importlib.util.find_spec("triton") is not None:
+        # What is asked here is whether kernels are right.
         take_the_first_configuration()
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(GpuReport(path), "gpu_report")
-
-
-def take_the_first_configuration() -> None:
-    """Kernels run as the first of their configurations that fits the card, instead of timing dozens, each compiled:
-    what is asked here is whether they are right. Tuned ones differ in tile sizes and stages."""
-    from triton.runtime.autotuner import Autotuner
-    from triton.runtime.errors import OutOfResources
-
-    tune = Autotuner.run
-
-    def run(self: Autotuner, *args: Any, **options: Any) -> Any:
-        every = self.configs
-        try:
-            # A larger call may not fit what a smaller one did: each starts from the first.
-            for config in every[:-1]:
-                self.configs = [config]
-                try:
-                    return tune(self, *args, **options)
-                except OutOfResources:
-                    continue
-            self.configs = every[-1:]
-            return tune(self, *args, **options)
-        finally:
-            self.configs = every
-
-    Autotuner.run = run
 
 
 @pytest.hookimpl(wrapper=True)

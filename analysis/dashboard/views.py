@@ -15,7 +15,7 @@ from analysis.dashboard.store import StoredExperiment, StoredRun, VisibleStore
 from analysis.findings import Findings, findings
 from analysis.findings import as_json as findings_json
 from analysis.method import method
-from analysis.notes import mixer_names
+from analysis.patterns import mixer_names
 from analysis.payload import payload
 from analysis.runs import RunRow, find_experiment, replicates, rows_from_mlflow_runs, sweep_experiments
 from experiments.errors import UserError

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import gc
-import os
-import platform
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +12,7 @@ import torch
 from experiments.bench import model
 from experiments.bench.case import ABSENT, FAILED, IMPLEMENTATIONS, NO_MEMORY, OK, SCENES, WRONG, Case
 from experiments.bench.equality import why_wrong
+from experiments.bench.machine import machine_of
 from experiments.bench.measure import (
     OutOfMemory,
     copy_bandwidth,
@@ -28,10 +26,17 @@ from experiments.bench.measure import (
 )
 from experiments.bench.operations import Operation, Workbench
 from experiments.bench.package import DIFFERENCES, INSTALL, is_installed
-from experiments.environment import environment
 from experiments.errors import UserError
 
 LAYER_TOKENS = 1024
+# n, K = V, C, B and scope of what tests, tutorials and small sweeps run.
+SMALL_SIZES = [
+    (n, width, chunk, batch, scope)
+    for n in (32, 64, 128)
+    for width in (64, 128)
+    for chunk in (16, 64)
+    for batch, scope in ((8, "sequence"), (64, "shared"))
+] + [(n, 64, chunk, batch, "sequence") for n in (32, 64) for chunk in (16, 64) for batch in (2, 64)]
 
 
 @dataclass(frozen=True)
@@ -82,22 +87,12 @@ class Report:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
-def machine_of(settings: Settings) -> dict[str, Any]:
-    """What it ran on, with what else the machine did: the load when it started."""
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    return {**environment(settings.device), "cpu": cpu, "load_average": os.getloadavg()}
-
-
 def start(settings: Settings) -> Report:
     """Check the settings, set the threads, describe the machine, measure its copy bandwidth."""
     settings.check()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    return Report(settings, machine_of(settings), copy_bandwidth(settings.device))
+    return Report(settings, machine_of(settings.device), copy_bandwidth(settings.device))
 
 
 def groups(s: Settings) -> Iterator[tuple[str, list[Case]]]:
@@ -150,12 +145,12 @@ def groups(s: Settings) -> Iterator[tuple[str, list[Case]]]:
 
 def _small_groups(s: Settings, asked: tuple[str, ...]) -> Iterator[tuple[str, list[Case]]]:
     impls = ["auto", *(impl for impl in ("reference", "sparse") if impl in asked)]
-    sizes = [(n, width, chunk) for n in (32, 64, 128) for width in (64, 128) for chunk in (16, 64)]
-    for n, width, chunk in sizes[:1] if s.quick else sizes:
+    for n, width, chunk, batch, scope in SMALL_SIZES[:1] if s.quick else SMALL_SIZES:
         for backward in (False, True):
-            title = f"small layer, {'training' if backward else 'forward'}, n={n}, K=V={width}, C={chunk}, 32 x 128"
+            kind = "training" if backward else "forward"
+            title = f"small layer, {kind}, n={n}, K=V={width}, C={chunk}, {batch} x 128 tokens, {scope} memory"
             cases = [
-                Case("small", impl, "sequence", n, 32, 128, chunk, width, width, 8, s.device, s.seed, backward)
+                Case("small", impl, scope, n, batch, 128, chunk, width, width, 8, s.device, s.seed, backward)
                 for impl in impls
             ]
             yield title, cases

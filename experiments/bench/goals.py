@@ -109,7 +109,7 @@ def _cuda(rows: list[Row], fast: str) -> list[Row]:
 
 def worst_auto(rows: list[Row]) -> float | None:
     """Largest ratio of ``auto`` to the faster of reference and sparse, over the small sizes."""
-    sizes, worst = ("n", "value_dim", "chunk", "backward"), None
+    sizes, worst = ("n", "value_dim", "chunk", "batch", "scope", "backward"), None
     for row in _rows(rows, scene="small", impl="auto"):
         others = [
             other["seconds"]

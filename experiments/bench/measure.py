@@ -9,8 +9,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -19,6 +20,7 @@ from experiments.bench.operations import Operation, Workbench
 from experiments.cost import PeakMemory
 from experiments.device import Compute
 
+Item = TypeVar("Item", bound=Hashable)
 # An operation that has taken so long in all is not repeated.
 ENOUGH_S = 15.0
 # A first call on the CPU that takes so long needs no warm-up: it is counted.
@@ -50,15 +52,17 @@ def warm_up(operation: Operation, device: str) -> list[float]:
     return []
 
 
-def turns(cases: list[Case], times: dict[Case, list[float]], n_repeats: int) -> Iterator[Case]:
-    """The case to call next, ``n_repeats`` rounds of all; those that have taken long enough are passed over.
+def turns(
+    cases: list[Item], times: dict[Item, list[float]], n_repeats: int, enough_s: float = ENOUGH_S
+) -> Iterator[Item]:
+    """The case to call next, ``n_repeats`` rounds of all; those that have taken ``enough_s`` in all are passed over.
 
     The order turns by one each round, as a call leaves caches behind for the next.
     """
     for index in range(n_repeats):
         turn = index % max(len(cases), 1)
         for case in cases[turn:] + cases[:turn]:
-            if len(times[case]) < n_repeats and sum(times[case]) < ENOUGH_S:
+            if len(times[case]) < n_repeats and sum(times[case]) < enough_s:
                 yield case
 
 
@@ -128,14 +132,14 @@ def cpu_peak(case: Case, n_threads: int) -> int | None:
     raise RuntimeError(lines[-1])
 
 
-def _status_bytes(field: str, path: str = "/proc/self/status") -> int:
+def status_bytes(field: str, path: str = "/proc/self/status") -> int:
     line = next(line for line in Path(path).read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
 
 
 def _measure_here(case: Case) -> int:
     """:func:`cpu_peak` of this process, which has done nothing else."""
-    limit = _status_bytes("VmData") + _status_bytes("MemAvailable", "/proc/meminfo") * 9 // 10
+    limit = status_bytes("VmData") + status_bytes("MemAvailable", "/proc/meminfo") * 9 // 10
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     try:
         # A small twin first: libraries and threads that a first call brings are not the operation's.
@@ -143,7 +147,7 @@ def _measure_here(case: Case) -> int:
         Workbench().prepare(small)()
         operation = Workbench().prepare(case)
         gc.collect()
-        peak, before = PeakMemory(Compute(torch.device("cpu"), None)), _status_bytes("VmRSS")
+        peak, before = PeakMemory(Compute(torch.device("cpu"), None)), status_bytes("VmRSS")
         operation()
         return max(peak.bytes() - before, 0)
     except (RuntimeError, MemoryError) as error:

@@ -54,9 +54,9 @@ def print_group(console: Console, title: str, rows: list[dict[str, Any]]) -> Non
 
 
 def duration(seconds: float) -> str:
-    if seconds < 1e-3:
+    if seconds < 0.9995e-3:
         return f"{seconds * 1e6:.3g} us"
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
 
 
 def print_goals(console: Console, found: list[dict[str, Any]]) -> None:

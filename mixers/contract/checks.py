@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mixers.contract import (
+    activity,
     batches,
     causality,
     configuration,
@@ -46,6 +47,7 @@ CHECKS: dict[str, Check] = {
         states.state_scope,
         states.state_storage,
         cost.flops,
+        activity.active_parameters,
         numerics.bf16,
         numerics.compile,
         twin.twin,

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mixers.errors import UserError
-from mixers.fwpkm.choose import sparse_is_faster
 from mixers.fwpkm.reference import ChunkOptions, write_chunks
 from mixers.fwpkm.sparse import SparseOutput, why_not_sparse, write_chunks_sparsely
 from mixers.fwpkm.touched_rows import overlay
@@ -256,7 +255,7 @@ def choose_impl(
             )
         return "triton"
     if impl != "auto" or device.type != "cuda":
-        return resolve_impl(impl, options, n_slots)
+        return resolve_impl(impl, options)
     copied_bytes = n_slots * value_dim * dtype.itemsize if scope == "sequence" else 0
     if copied_bytes <= LARGEST_TRITON_TABLE_BYTES and not _why_not_triton(
         options, math.isqrt(n_slots), value_dim, device, dtype
@@ -279,16 +278,32 @@ def _why_not_triton(
     return why and f"no kernel for {why}"
 
 
-def resolve_impl(impl: str, options: ChunkOptions, n_slots: int) -> str:
-    """The implementation that ``impl`` stands for with these options and sizes: ``reference`` or ``sparse``.
+def resolve_impl(impl: str, options: ChunkOptions) -> str:
+    """The implementation that ``impl`` stands for on a CPU: ``reference`` or ``sparse``.
 
-    ``auto`` takes ``sparse`` where the options have a sparse form and the table is large enough for it to be faster:
-    see :func:`mixers.fwpkm.choose.sparse_is_faster`.
+    ``auto`` takes ``sparse`` wherever the options have a sparse form. Time of ``reference`` over that of ``sparse``,
+    forward / forward and backward (the whole layer, K = V but 64 for V = 48, H = 1, float32, one thread of an EPYC that
+    others used too, smallest CPU time of 9 interleaved repeats):
+
+        B   T    n    V    C   k    scope sequence   scope shared
+        64  64   10   48   8   4    1.10 / 1.37      1.15 / 1.28
+        64  128  32   64   16  8    1.74 / 2.40      1.37 / 1.59
+        8   128  32   64   16  8    1.25 / 1.53      1.10 / 1.21
+        1   128  32   64   16  8    1.21 / 1.19      1.10 / 1.13
+        64  128  32   64   64  8    1.46 / 1.94      1.22 / 1.31
+        8   128  32   64   64  8    1.03 / 1.15      1.01 / 1.07
+        1   128  32   64   64  8    0.85 / 0.87      0.88 / 0.90
+        16  128  64   128  64  8    3.83 / 3.34      1.19 / 1.41
+        2   128  128  64   16  8    1.95 / 5.60      1.69 / 2.72
+
+    So ``sparse`` loses only where one or two sequences come as no more than two chunks: there its plan of the rows
+    costs as much as the reference's passes over a small table. A rule for that would have to go by B and T, and would
+    give the calls of one run to different implementations.
     """
     require_impl(impl)
     if impl != "auto":
         return impl
-    return "sparse" if sparse_is_faster(n_slots) and not why_not_sparse(options) else "reference"
+    return "reference" if why_not_sparse(options) else "sparse"
 
 
 def require_impl(impl: str) -> None:

@@ -2,11 +2,14 @@
 
 The mathematics is that of :mod:`mixers.fwpkm.reference`; what differs is the cost. A call copies the rows that it
 touches out of the table, works on the copies chunk by chunk, and hands back codes and rows (see
-:mod:`mixers.fwpkm.touched_rows`). Nothing is undone from a live table: the backward has, of every
-chunk, the rows that were touched before it as they were then (4 V bytes a row; the others it finds in the table again),
-the keys, and what the queries selected. It goes from the last chunk to the
-first and forms derivatives only of rows that another chunk reads or the caller asks for: a row that one chunk alone
-touches, of a table that isn't learned, has none.
+:mod:`mixers.fwpkm.touched_rows`). The sub-keys of a chunk never depend on the values, unless the value loss moves them,
+so a call goes in three stages: the chain of the sub-keys; then for all chunks at once the choice of slots and the plan
+of the rows; then the chain of the rows. Where the value loss moves the keys, every chunk is such a call of its own.
+
+Nothing is undone from a live table: the backward has, of every chunk, the rows that were touched before it as they
+were then (4 V bytes a row; the others it finds in the table again), the keys, and what the queries selected. It goes
+from the last chunk to the first and forms derivatives only of rows that another chunk reads or the caller asks for: a
+row that one chunk alone touches, of a table that isn't learned, has none.
 
 Letters: B sequences, T tokens, M memories (B or 1), R = B/M, C chunk, S = R*C, H heads, k slots per head, J = H*k,
 n sub-keys per half, N = n*n slots, K key width, V value width, U rows.
@@ -14,6 +17,7 @@ n sub-keys per half, N = n*n slots, K key width, V value width, U rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,24 +28,33 @@ from mixers.errors import UserError
 from mixers.fwpkm.reference import ChunkOptions
 from mixers.fwpkm.sparse_keys import (
     Addresses,
-    KeyAccesses,
+    Choice,
+    Use,
     address,
     address_backward,
-    group_keys,
-    half_differences,
+    choose,
+    choose_backward,
+    differences,
     halves_to_pairs,
     key_step,
     key_step_backward,
+    neg_entropy,
     pairs_to_halves,
+    use_of,
 )
-from mixers.fwpkm.sparse_rows import Accesses, first_rows, gather_dot, gather_sum, group_accesses, segment_sum
+from mixers.fwpkm.sparse_rows import bag_sums, dots, group_accesses, segment_sum
 from mixers.fwpkm.sparse_values import (
+    Shares,
+    later_accesses,
     row_changes,
     row_changes_backward,
+    unclipped,
     value_loss_on_pairs,
     value_loss_on_pairs_backward,
 )
-from mixers.fwpkm.touched_rows import TouchedRows, UntouchedRows, base_rows, restore
+from mixers.fwpkm.touched_rows import Plan, Span, TouchedRows, UntouchedRows, base_rows, restore
+
+FEW_DERIVATIVES = 2**18
 
 
 class SparseOutput(NamedTuple):
@@ -95,19 +108,21 @@ def write_chunks_sparsely(
     return SparseOutput(*out)
 
 
-class _Chunk(NamedTuple):
-    """What the backward needs of one chunk: its keys; of the rows before it those touched earlier (U',V); its accesses
-    to places in the call's table and to sub-keys; and its addresses."""
+class _Stage(NamedTuple):
+    """What the backward needs of chunks that were planned together.
 
-    keys: Tensor
-    old: Tensor
-    accesses: Accesses
-    use: KeyAccesses
-    at: Addresses
+    choices: of those of equal length. weights and factors (E,): a, and -lr * scale / cnt of its row, of each access;
+    shares: the same in the plan's order. Of each chunk: its addresses, its use of the sub-keys (None: they stay), and
+    the rows that others before it touched, as it found them (U,V)."""
 
-
-# Tensors of a _Chunk, one after another: what goes through save_for_backward.
-N_SAVED = 2 + len(Accesses._fields) + len(KeyAccesses._fields) + len(Addresses._fields)
+    plan: Plan
+    choices: list[Choice]
+    weights: Tensor
+    factors: Tensor
+    shares: Shares
+    addresses: list[Addresses]
+    uses: list[Use | None]
+    old: list[Tensor]
 
 
 class _SparseChunks(torch.autograd.Function):
@@ -128,67 +143,83 @@ class _SparseChunks(torch.autograd.Function):
         options: ChunkOptions,
         keep: bool,
     ) -> tuple[Tensor, ...]:
-        call = _Call(q, v, gate, mask, keys.shape[0], n_written, options)
-        n_slots = base.shape[1]
+        call = _Call(q, v, gate, mask, keys.shape, n_written, options)
         if n_written:
             table = TouchedRows(base, call.n_memories, codes, rows, q.shape[0] * q.shape[1] * call.n_read)
         else:
             table = UntouchedRows(base, codes, rows)
-        memory_offsets = torch.arange(call.n_memories, device=q.device).view(-1, 1, 1) * n_slots
+        now = keys.reshape(-1, *keys.shape[-2:])
 
-        read = torch.empty(*q.shape[:2], v.shape[-1], dtype=v.dtype, device=v.device)
-        slots, weights, chunks = [], [], []
-        squared_error, neg_entropy = q.new_zeros(()), q.new_zeros(())
-        written, new_keys = (codes, rows), keys
-        for part, is_written in call.parts:
-            queries = call.queries(part)
-            at, differences = address(queries, keys, options, call.room)
-            accesses = group_accesses(table.find((at.slots + memory_offsets).flatten(0, 1)))
-            a = at.weights.flatten(0, 1)
-            before = table.take(accesses.rows, call.room_for_rows)
-            on_tokens = gather_sum(before, accesses.index, a)
-            call.per_memory(read)[:, :, part] = call.rows_of(on_tokens, part)
-            slots.append(call.rows_of(at.slots.flatten(0, 1), part))
-            weights.append(call.rows_of(a, part))
-            use = group_keys(at, keys) if keep or is_written else None
+        n_met = codes.numel()
+        reads, slots, weights, stages, all_spans = [], [], [], [], []
+        squared_error, entropy = q.new_zeros(()), q.new_zeros(())
+        for parts in call.stages:
+            addresses, uses, old_rows = [], [], []
+            for part, is_written in parts:
+                moves = is_written and call.keys_move
+                halves = call.halves(part)
+                at, found = address(halves, now, options, call.room, keep or moves)
+                use = None
+                if moves and not options.value_loss_to_keys:
+                    use = use_of(at, call.n_memories, None, options)
+                    now = key_step(halves, at, use, found, options)
+                addresses.append(at)
+                uses.append(use)
+
+            choices = [choose([addresses[i] for i in same], call.n_memories, options) for same in call.equal(parts)]
+            plan, spans = table.plan(call.codes(choices, base.shape[1]), call.n_accesses(parts), call.n_read)
+            factors = call.row_factors(plan, spans, parts, base.shape[1])
+            a = [chunk for choice in choices for chunk in choice.weights.unbind()]
+            all_a = torch.cat([choice.weights.flatten() for choice in choices])
+            shares = Shares(all_a.index_select(0, plan.order), factors.index_select(0, plan.order))
+            for i, (part, is_written) in enumerate(parts):
+                span = spans[i]
+                old = table.enter(plan, span)
+                on_tokens = table.sums(plan, span, a[i])
+                reads.append(on_tokens.view(q.shape[0], -1, v.shape[-1]))
+                old_rows.append(old if keep else None)
+                if not is_written:
+                    continue
+                n_met = span.new_stop
+                difference, weight = call.difference(on_tokens, part)
+                error = call.error(difference, weight, part)
+                squared_error = squared_error + (weight * torch.linalg.vecdot(difference, difference)).sum()
+                if options.value_loss_to_keys:
+                    index = plan.places[span.entry : span.entry_stop].view(a[i].shape)
+                    error_mean = error * call.loss_scale(part)
+                    on_pairs = value_loss_on_pairs(table.table, index, error_mean, a[i], options.temperature)
+                    on_half = pairs_to_halves(on_pairs.unsqueeze(0), choices[0].pairs)[0]
+                    uses[i] = use_of(addresses[i], call.n_memories, on_half, options)
+                    now = key_step(halves, addresses[i], uses[i], found, options)
+                table.put(plan, span, old, row_changes(error, shares, plan, span, options.lr, options.clip))
+            if options.address_weight:
+                entropy = entropy + sum(neg_entropy(use.mean) for use in uses if use is not None)
+            slots += [choice.slots for choice in choices]
+            weights += [choice.weights for choice in choices]
+            all_spans.append(spans)
             if keep:
-                n_old = accesses.rows.numel() - table.codes[-1].numel()
-                chunks.append(_Chunk(keys, before[:n_old].clone(), accesses, use, at))
-            if not is_written:
-                continue
-            difference, weight = call.difference(on_tokens, part)
-            error = call.error(difference, weight, part)
-            squared_error = squared_error + (weight * torch.linalg.vecdot(difference, difference)).sum()
-            on_half = None
-            if options.value_loss_to_keys:
-                on_pairs = value_loss_on_pairs(before, error * call.loss_scale(part), a, accesses, options.temperature)
-                on_half = pairs_to_halves(on_pairs.view(at.weights.shape), at.pairs)
-            scale = call.row_scale(accesses, part)
-            table.put(accesses.rows, before, row_changes(error, a, scale, accesses, options.lr, options.clip))
-            new_keys, chunk_entropy = key_step(queries, keys, at, use, differences, on_half, options)
-            neg_entropy = neg_entropy + chunk_entropy
-            if call.keys_move:
-                keys = new_keys
-            written = table.met()
+                stages.append(_Stage(plan, choices, all_a, factors, shares, addresses, uses, old_rows))
 
+        read = torch.cat(reads, dim=1) if reads else torch.empty_like(v)
         slots_out, weights_out = call.join(slots, torch.int64), call.join(weights, q.dtype)
-        n_pairs = call.n_pairs()
-        value_loss = 0.5 * squared_error / max(n_pairs * v.shape[-1], 1)
-        address_loss = neg_entropy / max(call.n_written_chunks, 1)
-        codes_out, rows_out = written
+        value_loss = 0.5 * squared_error / max(call.n_pairs() * v.shape[-1], 1)
+        n_losses = max(call.n_written_chunks * call.n_memories, 1)
+        address_loss = entropy * (options.address_weight / n_losses)
         # An output that is an input would be taken for a view of it.
-        keys_out = keys.view_as(keys) if call.keys_move and call.n_written_chunks else keys.clone()
-        if not n_written:
-            rows_out, codes_out = rows_out.view_as(rows_out), codes_out.view_as(codes_out)
+        moved = call.keys_move and call.n_written_chunks
+        keys_out = now.view(keys.shape) if moved else keys.clone()
+        if n_written:
+            codes_out, rows_out = table.codes[:n_met], table.table[:n_met]
+        else:
+            codes_out, rows_out = codes.view_as(codes), rows.view_as(rows)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(codes_out, slots_out, value_loss, address_loss)
         if keep:
-            ctx.call_options = (keys_out.shape, n_written, options)
-            ctx.sizes = (rows.shape, [new.numel() for new in table.codes[1:]])
-            ctx.save_for_backward(
-                q, v, gate, mask, read, base, torch.cat(table.codes),
-                *(t for c in chunks for t in (c.keys, c.old, *c.accesses, *c.use, *c.at)),
-            )  # fmt: skip
+            ctx.call_arguments = (keys.shape, n_written, options)
+            ctx.spans, ctx.n_given = all_spans, codes.numel()
+            all_codes = table.codes if n_written else torch.cat([codes, table.codes])
+            tensors, ctx.spec = torch.utils._pytree.tree_flatten(stages)
+            ctx.save_for_backward(q, v, gate, mask, read, base, all_codes, *tensors)
         return read, keys_out, codes_out, rows_out, slots_out, weights_out, value_loss, address_loss
 
     @staticmethod
@@ -203,122 +234,127 @@ class _SparseChunks(torch.autograd.Function):
         d_weights: Tensor | None,
         *_losses: None,
     ) -> tuple[Tensor | None, ...]:
-        q, v, gate, mask, read, base, all_codes, *saved = ctx.saved_tensors
-        key_shape, n_written, options = ctx.call_options
-        rows_shape, n_new_rows = ctx.sizes
-        chunks = [_unpack(saved[i : i + N_SAVED]) for i in range(0, len(saved), N_SAVED)]
-        call = _Call(q, v, gate, mask, key_shape[0], n_written, options)
+        q, v, gate, mask, read, base, all_codes, *tensors = ctx.saved_tensors
+        stages: list[_Stage] = torch.utils._pytree.tree_unflatten(tensors, ctx.spec)
+        key_shape, n_written, options = ctx.call_arguments
+        call = _Call(q, v, gate, mask, key_shape, n_written, options)
+        flat_base, all_base_rows = base.flatten(0, 1), base_rows(all_codes, base.flatten(0, 1))
 
         need = ctx.needs_input_grad
-        all_rows = need[4] or need[5]
-        d_table = _RowDerivatives(v, all_codes.numel())
+        all_before = need[4] or need[5]
+        n_places = all_codes.numel()
+        # Which rows have none is worth finding out only if there are many.
+        all_after = d_rows is not None or len(stages) > 1 or n_places * v.shape[-1] <= FEW_DERIVATIVES
+        # Where a row's derivative stands: by its place, or only those of rows that a chunk meets again.
+        place = torch.arange(n_places, device=q.device)
+        n_derivatives = n_places
+        if not all_before and not all_after and stages:
+            again = [stages[0].plan.rows[span.row : span.row_new] for span in ctx.spans[0]]
+            again = torch.cat(again).unique()
+            n_derivatives = again.numel()
+            place = torch.zeros_like(place).index_copy_(0, again, place[:n_derivatives])
+        d_table = v.new_zeros(n_derivatives, v.shape[-1])
         if d_rows is not None:
-            d_table.start(d_rows)
-        elif need[5]:
-            d_table.start(v.new_zeros(rows_shape))
-        d_q, d_v = torch.empty_like(q), torch.zeros_like(v)
+            d_table[: d_rows.shape[0]] = d_rows
+
+        d_q, d_v = torch.empty_like(q), torch.empty_like(v)
         d_gate = None if gate is None else torch.zeros_like(gate)
-        new_codes = all_codes[rows_shape[0] :].split(n_new_rows)
-        backwards = (reversed(x) for x in (call.parts, chunks, new_codes))
-        for (part, is_written), chunk, new in zip(*backwards, strict=True):
-            before = restore(chunk.old, new, base.flatten(0, 1), call.room_for_rows)
-            queries, at, accesses = call.queries(part), chunk.at, chunk.accesses
-            a = at.weights.flatten(0, 1)
-            d_a = torch.zeros_like(a) if d_weights is None else call.tokens(d_weights, part).clone()
-            d_on_tokens = v.new_zeros(a.shape[0], v.shape[-1]) if d_read is None else call.tokens(d_read, part)
-            differences = half_differences(queries, chunk.keys, at.half_indices, options.score, call.room)
-            later, d_after = d_table.take(accesses.rows)
-            step, on_before = None, None
-            if is_written:
-                on_tokens = call.tokens(read, part)
-                difference, weight = call.difference(on_tokens, part)
-                error = call.error(difference, weight, part)
-                scale = call.row_scale(accesses, part)
-                d_error, d_a_write = row_changes_backward(
-                    d_after, later, error, a, scale, accesses, options.lr, options.clip
-                )
-                d_a += d_a_write
-                if d_keys is not None and call.keys_move:
-                    on_half = None
-                    if options.value_loss_to_keys:
-                        error_mean = error * call.loss_scale(part)
-                        on_pairs = value_loss_on_pairs(before, error_mean, a, accesses, options.temperature)
-                        on_half = pairs_to_halves(on_pairs.view(at.weights.shape), at.pairs)
-                    step = key_step_backward(queries, chunk.keys, at, chunk.use, differences, on_half, d_keys, options)
-                    if options.value_loss_to_keys:
-                        d_pairs = halves_to_pairs(step.on_half, at.pairs).flatten(0, 1)
-                        on_before, d_error_mean, d_a_loss = value_loss_on_pairs_backward(
-                            d_pairs, before, error_mean, a, accesses, options.temperature
+        d_now = None if d_keys is None else d_keys.reshape(-1, *key_shape[-2:])
+        for parts, stage, spans in zip(reversed(call.stages), reversed(stages), reversed(ctx.spans), strict=True):
+            plan, choices, factors, shares = stage.plan, stage.choices, stage.factors, stage.shares
+            a = [chunk for choice in choices for chunk in choice.weights.unbind()]
+            places = place.index_select(0, plan.rows)
+            n_writing = sum(is_written for _, is_written in parts)
+            later = later_accesses(plan, spans, n_writing, call.n_read, places, n_places, all_after)
+            later_factors = factors.index_select(0, later.entry)
+            later_shares = later_factors * stage.weights.index_select(0, later.entry)
+            base_row = all_base_rows.index_select(0, plan.places)
+            d_shares, d_reads, d_extra = [], [], []
+            for i in reversed(range(len(parts))):
+                (part, is_written), span, old = parts[i], spans[i], stage.old[i]
+                d_on_tokens = v.new_zeros(a[i].shape[0], v.shape[-1]) if d_read is None else call.tokens(d_read, part)
+                step = on_before = None
+                if is_written:
+                    on_tokens = call.tokens(read, part)
+                    difference, weight = call.difference(on_tokens, part)
+                    error = call.error(difference, weight, part)
+                    d_error = None
+                    if later.bounds[i + 1] > later.bounds[i]:
+                        inside = later_rows = None
+                        if options.clip:
+                            inside = unclipped(error, shares, plan, span, options.lr)
+                            later_rows = plan.index[later.entry] - span.row
+                        d_error, d_share = row_changes_backward(
+                            d_table, later, i, error, later_shares, span, call.n_read, inside, later_rows
                         )
-                        d_error = d_error + d_error_mean * call.loss_scale(part)
-                        d_a += d_a_loss
-                d_on_tokens = call.error_backward(d_error, difference, weight, part, d_on_tokens, d_v, d_gate)
-            d_a += gather_dot(before, accesses.index, d_on_tokens)
-            # The rows that nobody touched before are the last ones.
-            first = first_rows(accesses, accesses.rows.numel() - (0 if all_rows else new.numel()))
-            d_before = segment_sum(d_on_tokens, a, first.order, first.starts)
-            if on_before is not None:
-                d_before += on_before[: first.rows.numel()]
-            d_table.put(first.rows, later, d_after, d_before)
-            d_queries, d_chunk_keys = address_backward(
-                queries, chunk.keys, at, chunk.use, differences, step, d_a.view(at.weights.shape), options
-            )
-            call.per_memory(d_q)[:, :, part] = call.rows_of(d_queries.flatten(0, 1), part)
-            # The step hands on what came through the new keys; without it, they were the old ones.
-            if d_keys is not None and step is None:
-                d_chunk_keys = d_chunk_keys + d_keys
-            d_keys = d_chunk_keys
+                        d_shares.append(d_share)
+                    if d_now is not None and options.value_loss_to_keys:
+                        halves, at = call.halves(part), stage.addresses[i]
+                        found = differences(halves, at.keys, at.codes, options, call.room)
+                        step = key_step_backward(halves, at, stage.uses[i], found, d_now, call.n_memories, options)
+                        before = restore(old, all_codes[span.new : span.new_stop], flat_base)
+                        error_mean = error * call.loss_scale(part)
+                        on_before, d_error_mean, d_a_loss = value_loss_on_pairs_backward(
+                            halves_to_pairs(step.on_half.unsqueeze(0), choices[0].pairs)[0],
+                            before, error_mean, a[i], plan.index.view(a[i].shape), plan, span, options.temperature,
+                        )  # fmt: skip
+                        d_error_mean *= call.loss_scale(part)
+                        d_error = d_error_mean if d_error is None else d_error + d_error_mean
+                        d_extra.append(d_a_loss.flatten())
+                    call.zero_before_targets(d_v, part, is_empty=d_error is None)
+                    if d_error is not None:
+                        d_on_tokens = call.error_backward(d_error, difference, weight, part, d_on_tokens, d_v, d_gate)
+                else:
+                    d_v[:, part] = 0
+                known, new = slice(span.entry, span.entry_new), slice(span.entry_new, span.entry_stop)
+                at_new = base_row.index_select(0, plan.order[new])
+                d_reads.append(dots(flat_base, at_new, d_on_tokens, plan.token[new]))
+                if span.row_new > span.row:
+                    at_old = plan.index.index_select(0, plan.order[known]) - span.row
+                    d_reads.append(dots(old, at_old, d_on_tokens, plan.token[known]))
+                # The rows that nobody touched before are the last ones.
+                stop, entry_stop = (span.row_stop, span.entry_stop) if all_before else (span.row_new, span.entry_new)
+                if stop > span.row:
+                    here = slice(span.entry, entry_stop)
+                    d_before = bag_sums(
+                        d_on_tokens, plan.token[here], plan.starts[span.row : stop], shares.weights[here]
+                    )
+                    if on_before is not None:
+                        d_before += on_before[: d_before.shape[0]]
+                    into = places[span.row : stop]
+                    d_table.index_copy_(0, into, d_before.add_(d_table.index_select(0, into)))
+
+            d_a = torch.empty_like(factors).scatter_(0, plan.order, torch.cat(d_reads[::-1]))
+            if d_shares:
+                d_a.index_add_(0, later.entry, later_factors * torch.cat(d_shares[::-1]))
+            if d_extra:
+                d_a += torch.cat(d_extra)
+            d_scores = call.on_scores(choices, parts, d_a, d_weights)
+            for i in reversed(range(len(parts))):
+                (part, is_written), at, use = parts[i], stage.addresses[i], stage.uses[i]
+                halves = call.halves(part)
+                found = differences(halves, at.keys, at.codes, options, call.room)
+                if use is not None and d_now is not None and not options.value_loss_to_keys:
+                    step = key_step_backward(halves, at, use, found, d_now, call.n_memories, options)
+                needs_keys = need[3] or part.start > 0
+                d_halves, d_before = address_backward(halves, at, found, step, d_scores[i], needs_keys, options)
+                call.put_halves(d_q, d_halves, part)
+                # The step hands on what came through the new keys; without it, they were the old ones.
+                if d_now is not None and step is None and d_before is not None:
+                    d_before += d_now
+                d_now, step = d_before, None
 
         d_base = None
         if need[4]:
             d_base = torch.zeros_like(base)
-            new = all_codes[rows_shape[0] :]
-            into = group_accesses(base_rows(new, d_base.flatten(0, 1)).unsqueeze(1))
-            ones = v.new_ones(new.numel(), 1)
-            summed = segment_sum(d_table.table[rows_shape[0] :], ones, into.order, into.starts)
-            d_base.flatten(0, 1)[into.rows] = summed
+            into = group_accesses(all_base_rows[ctx.n_given :].unsqueeze(1))
+            new = d_table[ctx.n_given :]
+            ones = v.new_ones(new.shape[0], 1)
+            d_base.flatten(0, 1)[into.rows] = segment_sum(new, ones, into.order, into.starts)
         return (
-            d_q, d_v, d_gate, d_keys if need[3] else None, d_base, d_table.table[: rows_shape[0]] if need[5] else None,
-            None, None, None, None, None,
+            d_q, d_v, d_gate, d_now.view(key_shape) if need[3] and d_now is not None else None, d_base,
+            d_table[: ctx.n_given] if need[5] else None, None, None, None, None, None,
         )  # fmt: skip
-
-
-def _unpack(saved: list[Tensor]) -> _Chunk:
-    n = 2 + len(Accesses._fields)
-    n_keys = n + len(KeyAccesses._fields)
-    return _Chunk(*saved[:2], Accesses(*saved[2:n]), KeyAccesses(*saved[n:n_keys]), Addresses(*saved[n_keys:]))
-
-
-class _RowDerivatives:
-    """Derivatives of the rows of the call's table, from its last chunk to its first: table (P,V).
-
-    A row has one only if it was given (``start``) or a chunk put one there, so nothing is filled with zeros.
-    """
-
-    def __init__(self, like: Tensor, n_rows: int) -> None:
-        self.table = like.new_empty(n_rows, like.shape[-1])
-        self.known = torch.zeros(n_rows, dtype=torch.bool, device=like.device)
-
-    def start(self, d_rows: Tensor) -> None:
-        """The first rows' derivatives (U,V) after the last chunk."""
-        self.table[: d_rows.shape[0]] = d_rows
-        self.known[: d_rows.shape[0]] = True
-
-    def take(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of the distinct ``places`` (U,) have a derivative (L,), ascending, and these (L,V), copied."""
-        later = self.known[places].nonzero().squeeze(1)
-        return later, self.table.index_select(0, places[later])
-
-    def put(self, places: Tensor, later: Tensor, d_after: Tensor, d_before: Tensor) -> None:
-        """Set the derivatives at ``places`` (U',), the first of those in :meth:`take`, to ``d_before`` (U',V), which is
-        overwritten, plus what was there: rows after a chunk are the rows before it and a change."""
-        n_here = int((later < places.numel()).sum())
-        if n_here == places.numel():
-            d_before += d_after[:n_here]
-        else:
-            d_before.index_add_(0, later[:n_here], d_after[:n_here])
-        self.table.index_copy_(0, places, d_before)
-        self.known[places] = True
 
 
 class _Call:
@@ -333,13 +369,13 @@ class _Call:
         v: Tensor,
         gate: Tensor | None,
         mask: Tensor | None,
-        n_memories: int,
+        key_shape: torch.Size,
         n_written: int,
         options: ChunkOptions,
     ) -> None:
         self.q, self.v, self.gate, self.mask = q, v, gate, mask
-        self.n_memories, self.options = n_memories, options
-        self.n_rows = q.shape[0] // n_memories
+        self.n_memories, self.options = key_shape[0], options
+        self.n_rows = q.shape[0] // self.n_memories
         self.n_read = q.shape[2] * options.top_k
         n_tokens, step = q.shape[1], options.chunk_size
         self.parts = [(slice(i, min(i + step, n_written)), True) for i in range(0, n_written, step)]
@@ -349,33 +385,71 @@ class _Call:
             self.parts.append((slice(n_written, n_tokens), False))
         # Without a reason to move, the keys stay the very same tensor.
         self.keys_move = bool(options.address_weight) or options.value_loss_to_keys
-        # Where each chunk's differences and rows are formed: the same memory for all, which need not be mapped again.
+        by_chunk = options.value_loss_to_keys
+        self.stages = [[one] for one in self.parts] if by_chunk else [self.parts] if self.parts else []
+        # Where each chunk's differences are formed: the same memory for all, which need not be mapped again.
         n_most = max((part.stop - part.start for part, _ in self.parts), default=0)
-        n_accesses = q.shape[0] * n_most * self.n_read
-        self.room = q.new_empty(n_accesses * q.shape[-1])
-        self.room_for_rows = v.new_empty(n_accesses, v.shape[-1])
-
-    def per_memory(self, x: Tensor) -> Tensor:
-        """(B,T,...) -> (M,R,T,...), a view."""
-        return x.view(self.n_memories, self.n_rows, *x.shape[1:])
+        self.room = q.new_empty(q.shape[0] * n_most * self.n_read * q.shape[-1])
 
     def tokens(self, x: Tensor, part: slice) -> Tensor:
         """(B,T,...) -> (M*S,...)."""
         return x[:, part].flatten(0, 1)
 
-    def rows_of(self, x: Tensor, part: slice) -> Tensor:
-        """(M*S,...) -> (M,R,C,...)."""
-        return x.view(self.n_memories, self.n_rows, part.stop - part.start, *x.shape[1:])
+    def halves(self, part: slice) -> Tensor:
+        """The queries' halves (A,S,K/2)."""
+        n_heads, key_dim = self.q.shape[2:]
+        queries = self.q[:, part].reshape(self.n_memories, -1, n_heads, 2, key_dim // 2)
+        return queries.permute(0, 2, 3, 1, 4).reshape(-1, queries.shape[1], key_dim // 2)
 
-    def queries(self, part: slice) -> Tensor:
-        """(M,S,H,K)."""
-        return self.q[:, part].reshape(self.n_memories, -1, *self.q.shape[2:])
+    def put_halves(self, into: Tensor, halves: Tensor, part: slice) -> None:
+        """Write halves (A,S,K/2) where they belong in ``into`` (B,T,H,K)."""
+        n_heads, half_dim = self.q.shape[2], halves.shape[-1]
+        by_head = halves.view(self.n_memories, n_heads, 2, self.n_rows, -1, half_dim).permute(0, 3, 4, 1, 2, 5)
+        by_memory = into.view(self.n_memories, self.n_rows, -1, n_heads, 2, half_dim)
+        by_memory[:, :, part] = by_head
 
-    def join(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-        """(M,R,C,J) of all chunks -> (B,T,J)."""
-        if not parts:
+    def equal(self, parts: list[tuple[slice, bool]]) -> Iterator[range]:
+        """Which of the chunks, which all are equally long but perhaps the last, can be taken together."""
+        lengths = [part.stop - part.start for part, _ in parts]
+        n_first = len(lengths) if lengths[-1] == lengths[0] else len(lengths) - 1
+        yield range(n_first)
+        if n_first < len(lengths):
+            yield range(n_first, len(lengths))
+
+    def n_accesses(self, parts: list[tuple[slice, bool]]) -> list[int]:
+        """Of each chunk."""
+        return [self.q.shape[0] * (part.stop - part.start) * self.n_read for part, _ in parts]
+
+    def codes(self, choices: list[Choice], n_slots: int) -> Tensor:
+        """Codes (E,) of the accesses of all chunks."""
+        offsets = torch.arange(0, self.n_memories * n_slots, n_slots, device=self.q.device).view(1, -1, 1)
+        by_memory = (choice.slots.reshape(len(choice.slots), self.n_memories, -1) for choice in choices)
+        return torch.cat([(slots + offsets).flatten() for slots in by_memory])
+
+    def join(self, chunks: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """(G,B*C,J) of chunks of equal length, for all of these -> (B,T,J)."""
+        n_sequences = self.q.shape[0]
+        if not chunks:
             return torch.zeros(*self.q.shape[:2], self.n_read, dtype=dtype, device=self.q.device)
-        return torch.cat(parts, dim=2).flatten(0, 1)
+        joined = [x.unflatten(1, (n_sequences, -1)).transpose(0, 1).flatten(1, 2) for x in chunks]
+        return torch.cat(joined, dim=1) if len(joined) > 1 else joined[0].contiguous()
+
+    def on_scores(
+        self, choices: list[Choice], parts: list[tuple[slice, bool]], d_a: Tensor, d_weights: Tensor | None
+    ) -> list[Tensor]:
+        """Derivatives of each chunk's scores (A,S,k), given those of the weights of all accesses (E,), to which those
+        of the call's output (B,T,J) are added."""
+        found, start = [], 0
+        for same, choice in zip(self.equal(parts), choices, strict=True):
+            stop = start + choice.weights.numel()
+            here = d_a[start:stop].view(choice.weights.shape)
+            if d_weights is not None:
+                part = slice(parts[same[0]][0].start, parts[same[-1]][0].stop)
+                outer = d_weights[:, part].unflatten(1, (len(same), -1)).transpose(0, 1)
+                here = here + outer.reshape(here.shape)
+            found += choose_backward(choice, here, self.options).unbind()
+            start = stop
+        return found
 
     def n_pairs(self) -> int:
         """Pairs of all written chunks and sequences."""
@@ -421,8 +495,8 @@ class _Call:
         d_v: Tensor,
         d_gate: Tensor | None,
     ) -> Tensor:
-        """Hand on the derivative of e (M*S,V): add it to d_v (B,T,V) and d_gate (B,T), and to d_on_tokens (M*S,V) in a
-        copy, which is returned."""
+        """Hand on the derivative of e (M*S,V): set it in d_v (B,T,V) and d_gate (B,T), and add it to d_on_tokens
+        (M*S,V) in a copy, which is returned."""
         n_writing = difference.shape[1]
         by_sequence = (self.q.shape[0], -1, d_error.shape[-1])
         d_error = d_error.view(by_sequence)[:, :n_writing]
@@ -433,21 +507,32 @@ class _Call:
                 on_gate = on_gate * self.mask[:, writing]
             d_gate[:, writing] = on_gate
         d_difference = d_error * weight.unsqueeze(-1)
-        d_v[:, part.stop - n_writing : part.stop] -= d_difference
+        torch.neg(d_difference, out=d_v[:, part.stop - n_writing : part.stop])
         d_on_tokens = d_on_tokens.clone().view(by_sequence)
         d_on_tokens[:, :n_writing] += d_difference
         return d_on_tokens.flatten(0, 1)
 
-    def row_scale(self, accesses: Accesses, part: slice) -> Tensor:
-        """scale / cnt_u of the touched rows (U,)."""
-        scale = 1 / accesses.counts.to(self.v.dtype)
-        n_writing = self._n_writing(part)
-        if self.options.update_scale == "paper" or not n_writing:
-            return scale
-        n_pairs = self.n_rows * n_writing
-        if self.mask is None:
-            return scale * (self.n_read * self.n_rows * (part.stop - part.start) / n_pairs)
-        writing = self.mask[:, part.start : part.start + n_writing].to(scale.dtype)
-        n_effective = writing.reshape(self.n_memories, -1).sum(1)
-        memory = accesses.order[accesses.starts[:-1]] // (self.n_rows * (part.stop - part.start) * self.n_read)
-        return scale * (self.n_read / n_pairs * n_effective)[memory]
+    def zero_before_targets(self, d_v: Tensor, part: slice, is_empty: bool) -> None:
+        """Zero the derivatives of v (B,T,V) at a chunk's first tokens, whose values nothing writes; of all, if so."""
+        stop = part.stop if is_empty else part.stop - self._n_writing(part)
+        d_v[:, part.start : stop] = 0
+
+    def row_factors(self, plan: Plan, spans: list[Span], parts: list[tuple[slice, bool]], n_slots: int) -> Tensor:
+        """-lr * scale / cnt (E,) of each access's row."""
+        factors = (-self.options.lr / plan.counts.to(self.v.dtype)).index_select(0, plan.index)
+        if self.options.update_scale == "paper":
+            return factors
+        for same in self.equal(parts):
+            first, last = parts[same[0]][0], parts[same[-1]][0]
+            n_writing = self._n_writing(first)
+            if not n_writing:
+                continue
+            n_pairs, n_chunk = self.n_rows * n_writing, first.stop - first.start
+            here = factors[spans[same[0]].entry : spans[same[-1]].entry_stop]
+            if self.mask is None:
+                here *= self.n_read * self.n_rows * n_chunk / n_pairs
+                continue
+            writing = self.mask[:, first.start : last.stop].unflatten(1, (len(same), n_chunk))[:, :, :n_writing]
+            n_effective = writing.to(here.dtype).sum(-1).view(self.n_memories, self.n_rows, -1).sum(1).T
+            here.view(*n_effective.shape, -1).mul_(self.n_read / n_pairs * n_effective.unsqueeze(-1))
+        return factors

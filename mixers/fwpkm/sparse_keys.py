@@ -1,9 +1,9 @@
-"""Addressing and the step of the sub-keys, forward and backward, written out for the selected sub-keys only.
+"""Addressing and the step of the sub-keys, chunk by chunk, forward and backward, for the selected sub-keys only.
 
-Letters: M memories, S queries per memory, H heads, k slots per head, J = H*k, n sub-keys per half, K key width.
-``half_*`` tensors are (M,S,H,2,k): the k best sub-keys of each half of a query, d their squared distances.
+Letters: M memories, S queries per memory, H heads, A = M*H*2 halves of heads, k slots per head, J = H*k, n sub-keys
+per half, K key width, G chunks of equal length.
 
-``differences`` (M,S,H,2,k,K/2) is sub-key minus query half for ``idw``, the sub-key itself for ``dot``. It is what
+``differences`` (A,S,k,K/2) is sub-key minus query half for ``idw``, the sub-key itself for ``dot``. It is what
 gradients are summed from: closed forms such as key * sum(c) - sum(c * q) save the gather, but cancel for near keys.
 """
 
@@ -15,269 +15,297 @@ import torch
 from torch import Tensor
 
 from mixers.fwpkm.reference import ENTROPY_EPS, ChunkOptions
-from mixers.fwpkm.sparse_rows import gather_dot, gather_sum, segment_sum
-from mixers.product_keys import IDW_EPS, Score, best_halves, best_pairs, table_rows
+from mixers.fwpkm.sparse_rows import bag_sums, dots, gather_sum, stable_sort
+from mixers.product_keys import IDW_EPS, best_subkeys
 
 
 class Addresses(NamedTuple):
-    """What the queries of a chunk select, kept for the key step and the backward.
+    """The k best sub-keys of every half of a chunk's queries, for the step of the keys and the backward.
 
-    half_indices (M,S,H,2,k) int64. half_distances: squared distances, None for ``dot``.
-    half_weights: softmax over the k scores of each half (P of the addressing loss).
-    pairs (M,S,H,k): the chosen sums, position1 * k + position2 within the two halves' lists.
-    slots (M,S,J) int64 and weights (M,S,J): softmax over the J scores of a token, at the temperature.
+    keys (A,n,K/2): those addressed. codes (A,S,k) int64: rows of the (A*n,K/2) table. order and starts: their accesses
+    grouped by sub-key, for sums; None where none is formed. inverse (A,S,k): 1 / (eps + squared distance), None for
+    ``dot``. scores (A,S,k).
     """
 
-    half_indices: Tensor
-    half_distances: Tensor | None
-    half_weights: Tensor
-    pairs: Tensor
-    slots: Tensor
-    weights: Tensor
-
-
-class KeyAccesses(NamedTuple):
-    """The accesses to sub-keys, grouped: codes (M,S,H,2,k) are rows of the (M*H*2*n,K/2) table, ``order`` and
-    ``starts`` (M*H*2*n+1,) those of :func:`segment_sum`."""
-
+    keys: Tensor
     codes: Tensor
-    order: Tensor
-    starts: Tensor
+    order: Tensor | None
+    starts: Tensor | None
+    inverse: Tensor | None
+    scores: Tensor
+
+    def sums(self, rows: Tensor, weights: Tensor | None, n_per_row: int = 1) -> Tensor:
+        """(A*n,W): weights summed over a sub-key's accesses; rows (A*S*k/n_per_row,W), weights (A,S,k) or None."""
+        index = self.order if n_per_row == 1 else self.order.div(n_per_row, rounding_mode="floor")
+        return bag_sums(
+            rows, index, self.starts, None if weights is None else weights.flatten().index_select(0, self.order)
+        )
+
+    def gather(self, on_keys: Tensor) -> Tensor:
+        """(A*n,) -> (A,S,k): each access's own."""
+        return on_keys.index_select(0, self.codes.flatten()).view(self.codes.shape)
+
+
+class Use(NamedTuple):
+    """How a chunk uses the sub-keys. weights (A,S,k): P, the softmax over the k scores of a half. mean (M,2,n): Pbar.
+    on_scores (A,S,k): the step's gradient on the scores."""
+
+    weights: Tensor
+    mean: Tensor
+    on_scores: Tensor
 
 
 class StepGradients(NamedTuple):
-    """Derivatives through :func:`key_step`: of q (M,S,H,2,K/2), keys (M*H*2*n,K/2), half distances (None for ``dot``),
-    half scores, and of its argument ``on_half``."""
+    """Derivatives through :func:`key_step`: of q (A,S,K/2), keys (A*n,K/2), scores (A,S,k), and through the distances,
+    as what must be added to the scores' (None for ``dot``); of its argument ``on_half`` (A,S,k)."""
 
     halves: Tensor
     keys: Tensor
-    half_distances: Tensor | None
-    half_scores: Tensor
+    scores: Tensor
+    through_distances: Tensor | None
     on_half: Tensor
 
 
-def address(q: Tensor, keys: Tensor, options: ChunkOptions, room: Tensor) -> tuple[Addresses, Tensor]:
-    """Addresses of q (M,S,H,K) in keys (M,H,2,n,K/2), and their differences, which lie in ``room``.
+def address(
+    halves: Tensor, keys: Tensor, options: ChunkOptions, room: Tensor, is_grouped: bool
+) -> tuple[Addresses, Tensor]:
+    """Addresses of query halves (A,S,K/2) in keys (A,n,K/2), and their differences, which lie in ``room``.
 
     The choice is that of :func:`mixers.product_keys.select`: halves by the same coarse scores, ties as ``torch.topk``
     breaks them. Distances come from the differences as there, but by one fused norm instead of a square and a sum,
     which made a third of the addressing's time; sums of scores that are equal to the last bits may rank otherwise.
     """
-    halves = q.unflatten(-1, (2, -1))
-    half_indices = best_halves(halves, keys, options.top_k, options.score)
-    differences = half_differences(q, keys, half_indices, options.score, room)
+    n_halves, n_subkeys, _ = keys.shape
+    chosen = best_subkeys(halves, keys, options.top_k, options.score)
+    codes = chosen.add_(torch.arange(0, n_halves * n_subkeys, n_subkeys, device=keys.device).view(-1, 1, 1))
+    found = differences(halves, keys, codes, options, room)
+    inverse = None
     if options.score == "idw":
-        half_distances = torch.linalg.vector_norm(differences, dim=-1).square_()
-        half_scores = -torch.log(IDW_EPS + half_distances)
+        inverse = torch.linalg.vector_norm(found, dim=-1).square_().add_(IDW_EPS).reciprocal_()
+        scores = inverse.log()
     else:
-        half_distances = None
-        half_scores = (halves.unsqueeze(-2) * differences).sum(-1)
-    scores, pairs, slots = best_pairs(half_scores, half_indices, keys.shape[3])
-    weights = torch.softmax(scores.flatten(-2) / options.temperature, dim=-1)
-    half_weights = torch.softmax(half_scores, dim=-1)
-    return Addresses(half_indices, half_distances, half_weights, pairs, slots.flatten(-2), weights), differences
+        scores = torch.linalg.vecdot(halves.unsqueeze(2), found)
+    order = starts = None
+    if is_grouped:
+        # Every sub-key counts, also those that nobody accesses.
+        in_order, order = stable_sort(codes.flatten())
+        starts = torch.searchsorted(in_order, torch.arange(n_halves * n_subkeys, device=keys.device))
+    return Addresses(keys, codes, order, starts, inverse, scores), found
 
 
-def half_differences(q: Tensor, keys: Tensor, half_indices: Tensor, score: Score, room: Tensor) -> Tensor:
-    """Selected sub-key minus query half (``idw``), or the sub-key itself (``dot``): (M,S,H,2,k,K/2), in ``room``."""
-    codes, table = table_rows(half_indices, keys.shape[3]), keys.reshape(-1, keys.shape[-1])
-    found = room[: codes.numel() * table.shape[1]].view(-1, table.shape[1])
-    half_keys = torch.index_select(table, 0, codes.flatten(), out=found).view(*codes.shape, -1)
-    if score == "idw":
-        half_keys -= q.unflatten(-1, (2, 1, -1))
-    return half_keys
+def differences(halves: Tensor, keys: Tensor, codes: Tensor, options: ChunkOptions, room: Tensor) -> Tensor:
+    """Selected sub-key minus query half (``idw``), or the sub-key itself (``dot``): (A,S,k,K/2), in ``room``."""
+    half_dim = keys.shape[-1]
+    found = room[: codes.numel() * half_dim].view(-1, half_dim)
+    found = torch.index_select(keys.view(-1, half_dim), 0, codes.flatten(), out=found).view(*codes.shape, half_dim)
+    return found.sub_(halves.unsqueeze(2)) if options.score == "idw" else found
 
 
-def key_step(
-    q: Tensor,
-    keys: Tensor,
-    at: Addresses,
-    accesses: KeyAccesses,
-    differences: Tensor,
-    on_half: Tensor | None,
-    options: ChunkOptions,
-) -> tuple[Tensor, Tensor]:
-    """keys - lr * gradient after a chunk, and its addressing loss (), averaged over the memories.
+def use_of(at: Addresses, n_memories: int, on_half: Tensor | None, options: ChunkOptions) -> Use:
+    """P, Pbar and the gradient of the addressing loss on the scores, to which ``on_half`` (A,S,k) is added."""
+    if at.inverse is not None:
+        weights = at.inverse / at.inverse.sum(-1, keepdim=True)
+    else:
+        weights = torch.softmax(at.scores, dim=-1)
+    mean = _over_heads(at.sums(weights.view(-1, 1), None), at, n_memories) / _n_entries(at, n_memories)
+    slope = at.gather(_to_heads(_slope(mean, at, n_memories, options), at))
+    on_scores = softmax_backward(weights, slope)
+    return Use(weights, mean, on_scores if on_half is None else on_scores + on_half)
 
-    ``on_half``: what the value loss adds to the gradient on the half scores (M,S,H,2,k), None for nothing.
-    """
-    use = _KeyUse(at, accesses, keys.shape)
-    on_scores = _entropy_gradient(at, use, options)
-    loss = options.address_weight * (use.mean * use.log_mean).sum() / keys.shape[0]
-    if on_half is not None:
-        on_scores = on_scores + on_half
-    gradient = _key_gradient(q, at, differences, on_scores, use, options)
+
+def neg_entropy(mean: Tensor) -> Tensor:
+    """Pbar log(Pbar + 1e-8), summed: mean (...) -> ()."""
+    return (mean * torch.log(mean + ENTROPY_EPS)).sum()
+
+
+def key_step(halves: Tensor, at: Addresses, use: Use, found: Tensor, options: ChunkOptions) -> Tensor:
+    """keys - lr * gradient after a chunk (A,n,K/2), for its differences ``found``."""
+    rows, factor = _gradient_rows(halves, at, use, found)
     if options.clip:
-        gradient = gradient.clamp(-1, 1)
-    return keys - options.lr * gradient.view(keys.shape), loss
+        return at.keys - options.lr * (factor * rows).clamp_(-1, 1).view(at.keys.shape)
+    return torch.add(at.keys, rows.view(at.keys.shape), alpha=-options.lr * factor)
+
+
+def _gradient_rows(halves: Tensor, at: Addresses, use: Use, found: Tensor) -> tuple[Tensor, float]:
+    """The step's gradient on the keys, as rows (A*n,K/2) and a factor."""
+    half_dim = found.shape[-1]
+    if at.inverse is not None:
+        # s = -log(eps + d), d = |key - q|^2: ds/dkey = -2 (key - q) / (eps + d).
+        return at.sums(found.view(-1, half_dim), use.on_scores * at.inverse), -2.0
+    return at.sums(halves.reshape(-1, half_dim), use.on_scores, at.codes.shape[-1]), 1.0
 
 
 def key_step_backward(
-    q: Tensor,
-    keys: Tensor,
-    at: Addresses,
-    accesses: KeyAccesses,
-    differences: Tensor,
-    on_half: Tensor | None,
-    d_new_keys: Tensor,
-    options: ChunkOptions,
+    halves: Tensor, at: Addresses, use: Use, found: Tensor, d_new_keys: Tensor, n_memories: int, options: ChunkOptions
 ) -> StepGradients:
-    """Derivatives through :func:`key_step`, given that of the keys after it (M,H,2,n,K/2).
+    """Derivatives through :func:`key_step`, given that of the keys after it (A,n,K/2).
 
-    With gs the gradient on the half scores, f = -2 gs / (eps + d), G the derivative of the step's gradient on keys:
+    With gs the gradient on the scores, u = gs / (eps + d), G = -lr dnew the derivative of the step's gradient on keys:
 
-        dkeys_x = dnew_x + G_x sum f;  dq = -sum f G;  df = <G_x, key_x - q>;  then through f to gs and d
+        dkeys_x = dnew_x - 2 G_x sum u;  dq = 2 sum u G;  du = -2 <G_x, key_x - q>;  dgs = du / (eps + d)
         gs = P (slope - <P, slope>), slope a function of Pbar = mean P: softmax backward, its Hessian, and the mean
     """
-    o = options
-    use = _KeyUse(at, accesses, keys.shape)
-    half_dim = keys.shape[-1]
-    halves = q.unflatten(-1, (2, -1))
-    on_scores = _entropy_gradient(at, use, o)
-    if on_half is not None:
-        on_scores = on_scores + on_half
-    on_rows = -o.lr * d_new_keys.reshape(-1, half_dim)
+    o, half_dim = options, found.shape[-1]
+    gs, codes = use.on_scores, at.codes.view(-1, at.codes.shape[-1])
+    d_new_keys = d_new_keys.view(-1, half_dim)
+    on_rows = d_new_keys * -o.lr
     if o.clip:
-        on_rows = on_rows * (_key_gradient(q, at, differences, on_scores, use, o).abs() <= 1)
-
-    codes = use.codes.view(-1, use.codes.shape[-1])
-    d_distances = None
-    if at.half_distances is not None:
-        factor = -2 * on_scores / (IDW_EPS + at.half_distances)
-        d_factor = gather_dot(on_rows, codes.view(-1, 1), differences.view(-1, half_dim)).view(factor.shape)
-        d_on_scores = -2 * d_factor / (IDW_EPS + at.half_distances)
-        d_distances = -d_factor * factor / (IDW_EPS + at.half_distances)
-        d_halves = -gather_sum(on_rows, codes, factor.view(codes.shape))
-        d_keys = d_new_keys.reshape(-1, half_dim) + on_rows * use.sum(factor).unsqueeze(-1)
+        rows, factor = _gradient_rows(halves, at, use, found)
+        on_rows = on_rows * ((factor * rows).abs() <= 1)
+    through_distances = None
+    if at.inverse is not None:
+        u = gs * at.inverse
+        # <G, differences> and the accesses' sums share nothing: one access, one row of differences.
+        du = dots(on_rows, codes.flatten(), found.view(-1, half_dim), _arange(codes.numel(), codes)).view(gs.shape) * -2
+        d_gs = du * at.inverse
+        through_distances = du * u
+        d_halves = gather_sum(on_rows, codes, u * 2)
+        d_keys = torch.addcmul(d_new_keys, on_rows, at.sums(u.view(-1, 1), None), value=-2)
     else:
-        d_on_scores = gather_dot(on_rows, codes, halves.reshape(-1, half_dim)).view(on_scores.shape)
-        d_halves = gather_sum(on_rows, codes, on_scores.view(codes.shape))
-        d_keys = d_new_keys.reshape(-1, half_dim)
+        flat = halves.reshape(-1, half_dim)
+        d_gs = dots(on_rows, codes.flatten(), flat, _arange(codes.numel(), codes) // codes.shape[1]).view(gs.shape)
+        d_halves = gather_sum(on_rows, codes, gs)
+        d_keys = d_new_keys
 
-    slope = use.gather(use.slope(o.address_weight))
-    weights = at.half_weights
-    centred = d_on_scores - (weights * d_on_scores).sum(-1, keepdim=True)
-    d_weights = d_on_scores * (slope - (weights * slope).sum(-1, keepdim=True)) - slope * (weights * d_on_scores).sum(
-        -1, keepdim=True
+    p = use.weights
+    slope = at.gather(_to_heads(_slope(use.mean, at, n_memories, o), at))
+    p_d_gs = p * d_gs
+    summed = p_d_gs.sum(-1, keepdim=True)
+    on_slope = torch.addcmul(p_d_gs, p, summed, value=-1)
+    d_mean = _slope_derivative(use.mean, at, n_memories, o) * _over_heads(
+        at.sums(on_slope.view(-1, 1), None), at, n_memories
     )
-    d_mean = use.slope_derivative(o.address_weight) * use.sum_over_heads(weights * centred)
-    d_weights = d_weights + use.gather(d_mean) / use.n_entries
-    d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True))
-    return StepGradients(d_halves.view(halves.shape), d_keys, d_distances, d_scores, d_on_scores)
+    # d gs / d P at a fixed slope; what is the same for a half's k scores falls out in the softmax's backward.
+    d_p = d_gs * (slope - (p * slope).sum(-1, keepdim=True)) - slope * summed
+    d_p += at.gather(_to_heads(d_mean / _n_entries(at, n_memories), at))
+    return StepGradients(d_halves.view(halves.shape), d_keys, softmax_backward(p, d_p), through_distances, d_gs)
 
 
 def address_backward(
-    q: Tensor,
-    keys: Tensor,
+    halves: Tensor,
     at: Addresses,
-    accesses: KeyAccesses,
-    differences: Tensor,
+    found: Tensor,
     step: StepGradients | None,
-    d_weights: Tensor,
+    d_scores: Tensor,
+    needs_keys: bool,
     options: ChunkOptions,
-) -> tuple[Tensor, Tensor]:
-    """Derivatives of q (M,S,H,K) and keys (M,H,2,n,K/2) through :func:`address`, given those of the read weights
-    (M,S,J) and those of the key step (None: the keys did not move, or nothing depends on where they went)."""
-    half_dim = keys.shape[-1]
-    halves = q.unflatten(-1, (2, -1))
-    d_half_scores = pairs_to_halves(softmax_backward(at.weights, d_weights, options.temperature), at.pairs)
-    d_halves = d_keys = d_distances = None
+) -> tuple[Tensor, Tensor | None]:
+    """Derivatives of halves (A,S,K/2) and keys (A,n,K/2) through :func:`address`, given those of the scores (A,S,k)
+    and those of the key step (None: the keys did not move, or nothing depends on where they went)."""
+    half_dim, shape = found.shape[-1], at.codes.shape
     if step is not None:
-        d_half_scores = d_half_scores + step.half_scores
-        d_halves, d_keys, d_distances = step.halves, step.keys, step.half_distances
-
-    order, starts = accesses.order, accesses.starts
-    if at.half_distances is not None:
-        from_scores = -d_half_scores / (IDW_EPS + at.half_distances)
-        slope = 2 * (from_scores if d_distances is None else from_scores + d_distances)
-        through_q = -(slope.unsqueeze(-2) @ differences).squeeze(-2)
-        through_keys = segment_sum(differences.view(-1, half_dim), slope.reshape(-1, 1), order, starts)
+        d_scores = d_scores + step.scores
+    rows, n_per_row = found.view(-1, half_dim), 1
+    if at.inverse is not None:
+        if step is not None:
+            d_scores = d_scores + step.through_distances
+        slope = d_scores * at.inverse * -2
+        d_halves = gather_sum(rows, _arange(rows.shape[0], at.codes).view(-1, shape[-1]), slope.neg())
     else:
-        through_q = (d_half_scores.unsqueeze(-2) @ differences).squeeze(-2)
-        weights = d_half_scores.reshape(-1, d_half_scores.shape[-1])
-        through_keys = segment_sum(halves.reshape(-1, half_dim), weights, order, starts)
+        slope = d_scores
+        d_halves = gather_sum(rows, _arange(rows.shape[0], at.codes).view(-1, shape[-1]), slope)
+        rows, n_per_row = halves.reshape(-1, half_dim), shape[-1]
+    d_halves = d_halves.view(halves.shape)
     if step is not None:
-        through_q, through_keys = through_q + d_halves, through_keys + d_keys
-    return through_q.reshape(q.shape), through_keys.view(keys.shape)
+        d_halves += step.halves
+    if not needs_keys:
+        return d_halves, None
+    d_keys = at.sums(rows, slope, n_per_row)
+    if step is not None:
+        d_keys += step.keys
+    return d_halves, d_keys.view(at.keys.shape)
 
 
-def softmax_backward(weights: Tensor, d_weights: Tensor, temperature: float) -> Tensor:
-    """Derivative of the scores where weights = softmax(scores / temperature) over the last dimension."""
-    return weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True)) / temperature
+class Choice(NamedTuple):
+    """The slots that queries read. pairs (G,M,H,S,k): the chosen sums, position1 * k + position2 within the two halves'
+    lists. slots (G,M*S,J) int64 and weights (G,M*S,J): softmax over the J scores of a token, at the temperature."""
+
+    pairs: Tensor
+    slots: Tensor
+    weights: Tensor
+
+
+def choose(chunks: list[Addresses], n_memories: int, options: ChunkOptions) -> Choice:
+    """The k best sums of one score of each half, for chunks of equal length at once."""
+    n_halves, n_subkeys, _ = chunks[0].keys.shape
+    top_k = options.top_k
+    by_half = (len(chunks), n_memories, n_halves // (2 * n_memories), 2, -1, top_k)
+    scores = torch.stack([at.scores for at in chunks]).view(by_half)
+    subkeys = torch.stack([at.codes for at in chunks]).view(by_half).remainder(n_subkeys)
+    sums = (scores[:, :, :, 0, :, :, None] + scores[:, :, :, 1, :, None, :]).flatten(-2)
+    best, pairs = sums.topk(top_k, dim=-1)
+    first, second = _positions(pairs, top_k)
+    slots = torch.add(subkeys[:, :, :, 1].gather(-1, second), subkeys[:, :, :, 0].gather(-1, first), alpha=n_subkeys)
+    weights = torch.softmax(_by_token(best) / options.temperature, dim=-1)
+    return Choice(pairs, _by_token(slots), weights)
+
+
+def choose_backward(choice: Choice, d_weights: Tensor, options: ChunkOptions) -> Tensor:
+    """Derivatives of the scores (G,A,S,k) through :func:`choose`, given those of the weights (G,M*S,J)."""
+    return pairs_to_halves(softmax_backward(choice.weights, d_weights) / options.temperature, choice.pairs)
 
 
 def pairs_to_halves(on_pairs: Tensor, pairs: Tensor) -> Tensor:
-    """Derivatives on pair scores (M,S,J) summed onto the halves' scores (M,S,H,2,k): a pair's score is their sum."""
-    top_k = pairs.shape[-1]
-    on_pairs = on_pairs.view(pairs.shape).unsqueeze(-1)
-    positions = torch.arange(top_k, device=pairs.device)
-    first = (pairs // top_k).unsqueeze(-1) == positions
-    second = (pairs % top_k).unsqueeze(-1) == positions
-    return torch.stack([(on_pairs * first).sum(-2), (on_pairs * second).sum(-2)], dim=-2)
+    """Derivatives on pair scores (G,M*S,J) summed onto the halves' scores (G,A,S,k): a pair's score is their sum."""
+    n_chunks, n_memories, n_heads, n_queries, top_k = pairs.shape
+    on_pairs = on_pairs.view(n_chunks, n_memories, n_queries, n_heads, top_k).transpose(2, 3).unsqueeze(-2)
+    positions = torch.arange(top_k, device=pairs.device).unsqueeze(-1)
+    halves = [(on_pairs * (at.unsqueeze(-2) == positions)).sum(-1) for at in _positions(pairs, top_k)]
+    return torch.stack(halves, dim=3).view(n_chunks, -1, n_queries, top_k)
 
 
 def halves_to_pairs(on_halves: Tensor, pairs: Tensor) -> Tensor:
-    """The transpose of :func:`pairs_to_halves`: (M,S,H,2,k) -> (M,S,J)."""
-    top_k = pairs.shape[-1]
-    first = on_halves[..., 0, :].gather(-1, pairs // top_k)
-    second = on_halves[..., 1, :].gather(-1, pairs % top_k)
-    return (first + second).flatten(-2)
+    """The transpose of :func:`pairs_to_halves`: (G,A,S,k) -> (G,M*S,J)."""
+    on_halves = on_halves.view(*pairs.shape[:3], 2, *pairs.shape[3:])
+    first, second = _positions(pairs, pairs.shape[-1])
+    return _by_token(on_halves[:, :, :, 0].gather(-1, first) + on_halves[:, :, :, 1].gather(-1, second))
 
 
-class _KeyUse:
-    """How often a chunk uses each sub-key, P summed over its accesses; mean is Pbar (M,2,n)."""
-
-    def __init__(self, at: Addresses, accesses: KeyAccesses, shape: torch.Size) -> None:
-        self.shape = shape[:-1]
-        self.codes, self.order, self.starts = accesses
-        self.n_entries = at.half_indices.shape[1] * at.half_indices.shape[2]
-        self.mean = self.sum_over_heads(at.half_weights) / self.n_entries
-        self.log_mean = torch.log(self.mean + ENTROPY_EPS)
-
-    def sum(self, on_accesses: Tensor) -> Tensor:
-        """(M,S,H,2,k) -> (M*H*2*n,): summed over the accesses of each sub-key."""
-        ones = on_accesses.new_ones(on_accesses.numel(), 1)
-        return segment_sum(ones, on_accesses.reshape(-1, 1), self.order, self.starts).squeeze(-1)
-
-    def sum_over_heads(self, on_accesses: Tensor) -> Tensor:
-        """(M,S,H,2,k) -> (M,2,n)."""
-        return self.sum(on_accesses).view(self.shape).sum(1)
-
-    def gather(self, on_keys: Tensor) -> Tensor:
-        """(M,2,n) -> (M,S,H,2,k): each access's own."""
-        return on_keys.unsqueeze(1).expand(self.shape).reshape(-1)[self.codes]
-
-    def slope(self, address_weight: float) -> Tensor:
-        """d A / d P of any access to a sub-key (M,2,n)."""
-        return address_weight * (self.log_mean + self.mean / (self.mean + ENTROPY_EPS)) / self.n_entries
-
-    def slope_derivative(self, address_weight: float) -> Tensor:
-        """d slope / d Pbar (M,2,n)."""
-        shifted = self.mean + ENTROPY_EPS
-        return address_weight * (1 / shifted + ENTROPY_EPS / shifted.square()) / self.n_entries
+def _positions(pairs: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    first = pairs.div(top_k, rounding_mode="floor")
+    return first, torch.sub(pairs, first, alpha=top_k)
 
 
-def _entropy_gradient(at: Addresses, use: _KeyUse, options: ChunkOptions) -> Tensor:
-    """d A / d half_scores (M,S,H,2,k)."""
-    return softmax_backward(at.half_weights, use.gather(use.slope(options.address_weight)), 1.0)
+def _by_token(x: Tensor) -> Tensor:
+    """(G,M,H,S,k) -> (G,M*S,J)."""
+    n_chunks, n_memories, n_heads, n_queries, top_k = x.shape
+    return x.transpose(2, 3).reshape(n_chunks, n_memories * n_queries, n_heads * top_k)
 
 
-def _key_gradient(
-    q: Tensor, at: Addresses, differences: Tensor, on_scores: Tensor, use: _KeyUse, options: ChunkOptions
-) -> Tensor:
-    """A gradient on the half scores (M,S,H,2,k) carried to the rows of the sub-key table (M*H*2*n,K/2)."""
-    half_dim = differences.shape[-1]
-    if at.half_distances is not None:
-        # s = -log(eps + d), d = |key - q|^2: ds/dkey = -2 (key - q) / (eps + d).
-        factor = -2 * on_scores / (IDW_EPS + at.half_distances)
-        return segment_sum(differences.view(-1, half_dim), factor.reshape(-1, 1), use.order, use.starts)
-    halves = q.reshape(-1, half_dim)
-    return segment_sum(halves, on_scores.reshape(-1, on_scores.shape[-1]), use.order, use.starts)
+def softmax_backward(weights: Tensor, d_weights: Tensor) -> Tensor:
+    """Derivative of the scores where weights = softmax(scores) over the last dimension."""
+    weighted = weights * d_weights
+    return torch.addcmul(weighted, weights, weighted.sum(-1, keepdim=True), value=-1)
 
 
-def group_keys(at: Addresses, keys: Tensor) -> KeyAccesses:
-    """Group the accesses to the sub-keys (M,H,2,n,K/2); every sub-key counts, also those that nobody accesses."""
-    codes, n_rows = table_rows(at.half_indices, keys.shape[3]), keys.shape[:-1].numel()
-    in_order, order = torch.sort(codes.flatten(), stable=True)
-    starts = torch.searchsorted(in_order, torch.arange(n_rows + 1, device=codes.device))
-    return KeyAccesses(codes, order, starts)
+def _n_entries(at: Addresses, n_memories: int) -> int:
+    """How many P a memory's Pbar is the mean of: S*H."""
+    return at.codes.shape[0] // (2 * n_memories) * at.codes.shape[1]
+
+
+def _over_heads(on_keys: Tensor, at: Addresses, n_memories: int) -> Tensor:
+    """(A*n,...) -> (M,2,n), summed over the heads."""
+    return on_keys.view(n_memories, -1, 2, at.keys.shape[1]).sum(1)
+
+
+def _to_heads(on_mean: Tensor, at: Addresses) -> Tensor:
+    """(M,2,n) -> (A*n,): the same for every head."""
+    n_memories, _, n_subkeys = on_mean.shape
+    n_heads = at.keys.shape[0] // (2 * n_memories)
+    return on_mean.unsqueeze(1).expand(n_memories, n_heads, 2, n_subkeys).reshape(-1)
+
+
+def _slope(mean: Tensor, at: Addresses, n_memories: int, options: ChunkOptions) -> Tensor:
+    """d A / d P of any access to a sub-key (M,2,n)."""
+    shifted = mean + ENTROPY_EPS
+    return (torch.log(shifted) + mean / shifted) * (options.address_weight / _n_entries(at, n_memories))
+
+
+def _slope_derivative(mean: Tensor, at: Addresses, n_memories: int, options: ChunkOptions) -> Tensor:
+    """d slope / d Pbar (M,2,n): (1 / x + eps / x^2) with x = Pbar + eps, times the slope's factor."""
+    inverse = (mean + ENTROPY_EPS).reciprocal_()
+    return (inverse + ENTROPY_EPS * inverse.square()) * (options.address_weight / _n_entries(at, n_memories))
+
+
+def _arange(n: int, like: Tensor) -> Tensor:
+    return torch.arange(n, device=like.device)

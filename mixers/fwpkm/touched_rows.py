@@ -2,109 +2,221 @@
 
 Many memories start from one table of N rows, and each soon differs from it in some of them. Row ``slot`` of memory m
 has the code m * N + slot. A memory is then the shared table and a pair (codes (U,), rows (U,V)): what differs.
-Time and memory follow the rows touched, not the size of the table, save for 4 bytes a slot and memory while a call
-writes.
+Time and memory follow the rows touched, not the size of the table.
+
+Letters: M memories, N slots, S tokens of a chunk (of all memories), J accesses per token, E accesses of some chunks,
+one chunk after another, D distinct pairs of chunk and row, U rows, V width of a row.
 """
 
 from __future__ import annotations
 
+import mmap
+from itertools import accumulate
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from mixers.fwpkm.sparse_rows import first_of_runs, gather_sum, stable_sort
+
+LARGE_BYTES = 8 * 2**20
+
+
+class Span(NamedTuple):
+    """Where a chunk lies in a :class:`Plan`: its accesses entry..entry_stop, of which those before entry_new, in sorted
+    order, go to rows that were met before; its rows row..row_stop, those met before up to row_new; the places of its
+    new rows, new..new_stop."""
+
+    entry: int
+    entry_new: int
+    entry_stop: int
+    row: int
+    row_new: int
+    row_stop: int
+    new: int
+    new_stop: int
+
+
+class Plan(NamedTuple):
+    """Which rows the accesses of some chunks go to. Rows have places in the order in which they are met: those known
+    before first, then each chunk's new ones in the order of their codes.
+
+    places: (E,) of each access. order: (E,) the accesses by chunk, place, token. token: (E,) the token, within its
+    chunk, of each access in that order. index: (E,) the row (of the D) of each access, not in that order.
+    rows: (D,) the places of each chunk's rows, ascending. starts: (D,) where each row's accesses begin in ``order``,
+    counted from its chunk's first. counts: (D,) how many they are. new_codes: (U,) codes of the new rows.
+    """
+
+    places: Tensor
+    order: Tensor
+    token: Tensor
+    index: Tensor
+    rows: Tensor
+    starts: Tensor
+    counts: Tensor
+    new_codes: Tensor
+
+
+def plan(codes: Tensor, n_each: list[int], n_read: int, known: Tensor) -> tuple[Plan, list[Span]]:
+    """The plan of chunks with ``n_each`` accesses, ``n_read`` per token: codes (E,) of the accesses, known (U,) of the
+    rows met before, at places 0..U-1. Two stable sorts, for all chunks at once."""
+    n_known, n_chunks = known.numel(), len(n_each)
+    chunk = _chunk_ids(n_each, codes)
+    in_order, order = stable_sort(torch.cat([known, codes]) if n_known else codes)
+    is_first = first_of_runs(in_order)
+    run_starts = is_first.nonzero().squeeze(1)
+    first_met = order.index_select(0, run_starts)
+    if n_known:
+        met_in = chunk.index_select(0, (first_met - n_known).clamp_(min=0)).masked_fill_(first_met < n_known, -1)
+    else:
+        met_in = chunk.index_select(0, first_met)
+    as_met = torch.sort(met_in, stable=True).indices
+    numbers = torch.arange(as_met.numel(), device=codes.device)
+    place_of_run = torch.empty_like(as_met).scatter_(0, as_met, numbers)
+    if n_known:
+        place_of_run = torch.where(met_in < 0, first_met, place_of_run)
+    of_run = place_of_run.index_select(0, is_first.cumsum(0).sub_(1))
+    places = torch.empty_like(order).scatter_(0, order, of_run)
+    new_codes = in_order.index_select(0, run_starts.index_select(0, as_met[n_known:]))
+    n_new = torch.bincount(met_in + 1, minlength=n_chunks + 1)[1:]
+    return _group(places[n_known:], chunk, n_each, n_read, new_codes, n_new, n_known)
+
+
+def plan_reads(codes: Tensor, n_read: int, known: Tensor) -> tuple[Plan, list[Span]]:
+    """The plan of one chunk that only reads, where ``known`` (U,) are ascending: it costs the same however many."""
+    n_known = known.numel()
+    if n_known:
+        places = torch.searchsorted(known, codes).clamp_(max=n_known - 1)
+        missing = known[places] != codes
+    else:
+        places, missing = torch.zeros_like(codes), torch.ones_like(codes, dtype=torch.bool)
+    new_codes, index = torch.unique(codes[missing], return_inverse=True)
+    places[missing] = n_known + index
+    n_new = torch.full((1,), new_codes.numel(), device=codes.device)
+    n_each = [codes.numel()]
+    return _group(places, _chunk_ids(n_each, codes), n_each, n_read, new_codes, n_new, n_known)
+
+
+def _chunk_ids(n_each: list[int], like: Tensor) -> Tensor:
+    """(E,): the chunk of each access."""
+    return torch.repeat_interleave(torch.tensor(n_each, device=like.device), output_size=like.numel())
+
+
+def _group(
+    places: Tensor, chunk: Tensor, n_each: list[int], n_read: int, new_codes: Tensor, n_new: Tensor, n_known: int
+) -> tuple[Plan, list[Span]]:
+    n_chunks, n_entries = len(n_each), places.numel()
+    entries = list(accumulate(n_each, initial=0))
+    in_order, order = stable_sort(places + chunk * (n_known + new_codes.numel()))
+    is_first = first_of_runs(in_order)
+    starts = is_first.nonzero().squeeze(1)
+    index = torch.empty_like(order).scatter_(0, order, is_first.cumsum(0).sub_(1))
+    # The order is chunk by chunk, so an entry's chunk is the same before and after.
+    chunk_starts = torch.tensor(entries[:-1], device=places.device)
+    chunk_of_row = chunk.index_select(0, starts)
+    all_starts = torch.cat([starts, starts.new_full((1,), n_entries)])
+    n_rows = torch.bincount(chunk_of_row, minlength=n_chunks)
+    ends = n_rows.cumsum(0)
+    entry_new = all_starts.index_select(0, ends - n_new)
+    made = Plan(
+        places,
+        order,
+        (order - chunk_starts.index_select(0, chunk)).div_(n_read, rounding_mode="floor"),
+        index,
+        places.index_select(0, order.index_select(0, starts)),
+        starts - chunk_starts.index_select(0, chunk_of_row),
+        all_starts.diff(),
+        new_codes,
+    )
+    spans, row, new = [], 0, n_known
+    numbers = torch.stack([n_rows, n_new, entry_new]).tolist()  # the only wait for the device
+    for i, (rows_here, new_here, first_new) in enumerate(zip(*numbers, strict=True)):
+        row_stop, new_stop = row + rows_here, new + new_here
+        spans.append(Span(entries[i], first_new, entries[i + 1], row, row_stop - new_here, row_stop, new, new_stop))
+        row, new = row_stop, new_stop
+    return made, spans
+
 
 class TouchedRows:
-    """The rows that one call touches, in the order in which they were met: a private copy, written in place.
+    """The rows that one call touches, at their places: a private copy, written in place.
 
     base: (1 or M,N,V), never written. codes (U,) ascending and rows (U,V): what differs from it already. For each
-    chunk: ``find``, ``take``, and ``put`` if it writes. The rows that a chunk meets first have the highest places, one
-    after another, so they come from the base and go into the table without a pass over the table in between.
+    chunk of a plan, in turn: ``enter``, ``sums``, and ``put`` if it writes.
     """
 
     def __init__(self, base: Tensor, n_memories: int, codes: Tensor, rows: Tensor, n_accesses: int) -> None:
         self.base = base.flatten(0, 1)
-        self.n_given = self.n_rows = self.n_before = codes.numel()
-        n_codes = n_memories * base.shape[1]
-        capacity = min(self.n_given + n_accesses, n_codes)
-        self.table = rows.new_empty(capacity, rows.shape[1])
-        self.table[: self.n_given] = rows
-        self.codes = [codes]
-        self.place = torch.full((n_codes,), -1, dtype=torch.int32, device=codes.device)
-        self.place[codes] = torch.arange(self.n_given, dtype=torch.int32, device=codes.device)
+        self.codes = codes
+        n_given = codes.numel()
+        self.table = _room_for(min(n_given + n_accesses, n_memories * base.shape[1]), rows)
+        self.table[:n_given] = rows
 
-    def find(self, codes: Tensor) -> Tensor:
-        """Where the rows that a chunk accesses stand in the table: codes (S,J) -> places (S,J) int64."""
-        places = self.place[codes]
-        new = torch.unique(codes[places < 0])
-        self.codes.append(new)
-        self.n_before, self.n_rows = self.n_rows, self.n_rows + new.numel()
-        if new.numel():
-            self.place[new] = torch.arange(self.n_before, self.n_rows, dtype=torch.int32, device=codes.device)
-            places = self.place[codes]
-        return places.long()
+    def plan(self, codes: Tensor, n_each: list[int], n_read: int) -> tuple[Plan, list[Span]]:
+        """The plan of the next chunks: codes (E,) of their accesses."""
+        made, spans = plan(codes, n_each, n_read, self.codes)
+        self.codes = torch.cat([self.codes, made.new_codes])
+        return made, spans
 
-    def take(self, places: Tensor, room: Tensor) -> Tensor:
-        """The chunk's rows (U,V) as they are now, copied into ``room``, for its distinct ``places`` (U,) ascending."""
-        n_old = self._n_old(places)
-        found = room[: places.numel()]
-        torch.index_select(self.table, 0, places[:n_old], out=found[:n_old])
-        torch.index_select(self.base, 0, base_rows(self.codes[-1], self.base), out=found[n_old:])
-        return found
+    def enter(self, made: Plan, span: Span) -> Tensor:
+        """Take in the rows that a chunk meets first, and return a copy of the others that it touches, (U,V)."""
+        new = self.table[span.new : span.new_stop]
+        torch.index_select(self.base, 0, base_rows(self.codes[span.new : span.new_stop], self.base), out=new)
+        return self.table.index_select(0, made.rows[span.row : span.row_new])
 
-    def put(self, places: Tensor, before: Tensor, changes: Tensor) -> None:
-        """Write ``before`` + ``changes`` (U,V), where before is what :meth:`take` gave for these ``places``."""
-        n_old = self._n_old(places)
-        self.table.index_copy_(0, places[:n_old], before[:n_old] + changes[:n_old])
-        torch.add(before[n_old:], changes[n_old:], out=self.table[self.n_before : self.n_rows])
+    def sums(self, made: Plan, span: Span, weights: Tensor) -> Tensor:
+        """What tokens with ``weights`` (S,J) read: (S,V)."""
+        return gather_sum(self.table, made.places[span.entry : span.entry_stop].view(weights.shape), weights)
 
-    def _n_old(self, places: Tensor) -> int:
-        return places.numel() - (self.n_rows - self.n_before)
+    def put(self, made: Plan, span: Span, old: Tensor, changes: Tensor) -> None:
+        """Add ``changes`` (U,V) to the chunk's rows, where ``old`` is what :meth:`enter` gave."""
+        n_old = old.shape[0]
+        self.table[span.new : span.new_stop] += changes[n_old:]
+        if n_old:
+            self.table.index_copy_(0, made.rows[span.row : span.row_new], old + changes[:n_old])
 
-    def met(self) -> tuple[Tensor, Tensor]:
-        """codes (U,) in the order in which they were met, the given ones first, and rows (U,V): views."""
-        return torch.cat(self.codes), self.table[: self.n_rows]
+
+def _room_for(n_rows: int, like: Tensor) -> Tensor:
+    """An uninitialised table (n_rows,V). A large one comes on huge pages where the system has them: handing out its
+    pages one by one otherwise takes longer than filling them (64 MiB on Linux: 42 ms, and 15 ms so)."""
+    n_bytes = n_rows * like.shape[1] * like.element_size()
+    if like.device.type != "cpu" or n_bytes < LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return like.new_empty(n_rows, like.shape[1])
+    try:
+        memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # no huge pages, or no memory, which torch says in its own words
+        return like.new_empty(n_rows, like.shape[1])
+    # The tensor keeps the memory alive.
+    return torch.frombuffer(memory, dtype=like.dtype).view(n_rows, like.shape[1])
 
 
 class UntouchedRows:
-    """The same for a call that only reads, once: nothing of the table or of the given rows is copied but what is read.
+    """The same for a call of one chunk that only reads: nothing is copied but what is read.
 
     Any single token is such a call, unless it ends a chunk, so its cost must depend neither on N nor on U.
     """
 
     def __init__(self, base: Tensor, codes: Tensor, rows: Tensor) -> None:
-        self.base, self.given_codes, self.rows = base.flatten(0, 1), codes, rows
-        self.n_given = codes.numel()
-        self.codes = [codes]
+        self.base, self.given, self.codes, self.rows = base.flatten(0, 1), codes, codes, rows
 
-    def find(self, codes: Tensor) -> Tensor:
-        """Places of the ``codes`` (S,J), (S,J): among the given rows, or behind them in ascending order."""
-        if self.n_given:
-            places = torch.searchsorted(self.given_codes, codes).clamp_(max=self.n_given - 1)
-            missing = self.given_codes[places] != codes
-        else:
-            places, missing = torch.zeros_like(codes), torch.ones_like(codes, dtype=torch.bool)
-        new, index = torch.unique(codes[missing], return_inverse=True)
-        places[missing] = self.n_given + index
-        self.codes.append(new)
-        return places
+    def plan(self, codes: Tensor, n_each: list[int], n_read: int) -> tuple[Plan, list[Span]]:
+        assert len(n_each) == 1, n_each
+        made, spans = plan_reads(codes, n_read, self.given)
+        self.codes = made.new_codes
+        return made, spans
 
-    def take(self, places: Tensor, room: Tensor) -> Tensor:
-        """The rows (U,V), copied into ``room``, for the distinct ``places`` (U,) ascending."""
-        new = self.codes[-1]
-        n_old = places.numel() - new.numel()
-        return restore(self.rows[places[:n_old]], new, self.base, room)
+    def enter(self, made: Plan, span: Span) -> Tensor:
+        old = self.rows.index_select(0, made.rows[: span.row_new])
+        self.read = restore(old, self.codes, self.base)
+        return old
 
-    def met(self) -> tuple[Tensor, Tensor]:
-        """Nothing is touched by reading: the given codes and rows."""
-        return self.given_codes, self.rows
+    def sums(self, made: Plan, span: Span, weights: Tensor) -> Tensor:
+        return gather_sum(self.read, made.index.view(weights.shape), weights)
 
 
-def restore(old: Tensor, new: Tensor, base: Tensor, room: Tensor) -> Tensor:
-    """``old`` (U',V) and the rows of the flattened ``base`` from which the codes ``new`` start: (U,V), in ``room``."""
-    n_old = old.shape[0]
-    found = room[: n_old + new.numel()]
-    found[:n_old] = old
-    torch.index_select(base, 0, base_rows(new, base), out=found[n_old:])
-    return found
+def restore(old: Tensor, new: Tensor, base: Tensor) -> Tensor:
+    """``old`` (U',V) and the rows of the flattened ``base`` from which the codes ``new`` start: (U,V)."""
+    return torch.cat([old, base.index_select(0, base_rows(new, base))])
 
 
 def base_rows(codes: Tensor, base: Tensor) -> Tensor:

@@ -86,6 +86,8 @@ def test_a_sweep_file_stands_for_its_name(runs: Path, tmp_path: Path) -> None:
         (["mqar_state", "--x", "cost/state"], "--x 'cost/state': sweep 'mqar_state' has no such metric or cost"),
         (["mqar_state", "--y", "report/acuracy"], "--y 'report/acuracy'.*did you mean 'report/accuracy'"),
         (["mqar_state", "--png", "/dev/null/x.png"], "--png /dev/null/x.png: can't be written"),
+        (["mqar_state", "--baseline", "liner"], "--baseline 'liner'.*did you mean 'linear'"),
+        (["mqar_state", "--bench", "/nowhere.json", "--png", "x.png"], "--bench /nowhere.json: can't be read"),
         (["missing.toml"], "missing.toml: no such file"),
     ],
 )
@@ -96,11 +98,30 @@ def test_mistakes_are_one_clear_line(runs: Path, words: list[str], message: str)
 
 
 def test_files_are_written(runs: Path, tmp_path: Path) -> None:
-    html, png = tmp_path / "new" / "r.html", tmp_path / "r.png"
-    result = run(runs, "mqar_state", "--html", str(html), "--png", str(png), "--json")
+    names = {"html": "new/r.html", "png": "r.png", "csv": "r.csv", "markdown": "r.md", "latex": "r.tex"}
+    paths = {option: tmp_path / name for option, name in names.items()}
+    words = [word for option, path in paths.items() for word in (f"--{option}", str(path))]
+    result = run(runs, "mqar_state", "--json", *words)
     json.loads(result.stdout)
-    assert png.read_bytes().startswith(b"\x89PNG")
-    assert "mqar_state" in html.read_text()
+    assert [line for line in result.stderr.splitlines() if line] == [f"wrote {path}" for path in paths.values()]
+    assert paths["png"].read_bytes().startswith(b"\x89PNG")
+    for option in ("html", "markdown", "latex", "csv"):
+        assert "FwPKM" in paths[option].read_text()
+
+
+def test_statistics_stand_below_the_tables(runs: Path) -> None:
+    text = run(runs, "mqar_state", "--baseline", "linear").stdout
+    assert "paired differences on shared seeds and data; Holm over 15" in text
+    assert "pairs at 90 %" in text
+    assert "TUNING NOT EQUAL: FwPKM, n_pairs=8: 0 of 4 tuning trials run" in text
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 100
+
+
+def test_a_benchmark_must_be_one(runs: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    with pytest.raises(UserError, match="not a benchmark of mixers"):
+        run(runs, "mqar_state", "--figures", str(tmp_path / "f"), "--bench", str(other))
 
 
 def test_names_are_not_read_as_markup_of_the_terminal(tmp_path: Path) -> None:

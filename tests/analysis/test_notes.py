@@ -7,6 +7,7 @@ import pytest
 
 from analysis import notes
 from analysis.comparison import compare
+from analysis.patterns import mixer_names
 from analysis.runs import rows_from_records
 from tests.analysis import planted
 
@@ -24,7 +25,7 @@ from tests.analysis import planted
     ],
 )
 def test_mixer_names(pattern: str, names: list[str]) -> None:
-    assert notes.mixer_names(pattern) == names
+    assert mixer_names(pattern) == names
 
 
 @pytest.mark.parametrize(

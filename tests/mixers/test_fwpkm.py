@@ -127,24 +127,26 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()) or "default")
 def test_equals_the_definitions(options: dict, with_mask: bool) -> None:
     sizes = {"B": 2, "T": 11, "C": 4}
-    ours, plain = draw(**sizes), draw(**sizes)
     mask = None
     if with_mask:
         mask = torch.ones(2, 11, dtype=torch.bool)
         mask[0, :3] = False
         mask[1, 5] = False
-    out = fast_weight_pkm(**ours, chunk_size=4, top_k=3, mask=mask, scope="shared", **options)
-    read, keys, values = token_by_token(**plain, chunk_size=4, top_k=3, mask=mask, **options)
-    for got, want in ((out.read, read), (out.keys, keys), (out.values, values)):
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
-    cotangents = [torch.randn_like(tensor) for tensor in (read, keys, values)]
-    for tensors, results in ((ours, (out.read, out.keys, out.values)), (plain, (read, keys, values))):
-        sum((c * r).sum() for c, r in zip(cotangents, results, strict=True)).backward()
-        assert all(torch.isfinite(t.grad).all() for t in tensors.values())
-    for name in ours:
-        torch.testing.assert_close(
-            ours[name].grad, plain[name].grad, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    plain = draw(**sizes)
+    wanted = token_by_token(**plain, chunk_size=4, top_k=3, mask=mask, **options)
+    cotangents = [torch.randn_like(tensor) for tensor in wanted]
+    wanted_grads = torch.autograd.grad(wanted, list(plain.values()), cotangents)
+    for impl in ("reference", "sparse"):
+        if impl == "sparse" and options.get("weight_decay"):
+            continue  # refused by name: test_fwpkm_sparse.py
+        ours = draw(**sizes)
+        out = fast_weight_pkm(**ours, chunk_size=4, top_k=3, mask=mask, scope="shared", impl=impl, **options)
+        found = (out.read, out.keys, out.values)
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+        grads = torch.autograd.grad(found, list(ours.values()), cotangents)
+        for name, got, want in zip(ours, grads, wanted_grads, strict=True):
+            assert torch.isfinite(got).all()
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9, msg=lambda m, n=f"{impl} {name}": f"{n}: {m}")
 
 
 @pytest.mark.parametrize("update_scale", ["paper", "released"])
@@ -162,10 +164,10 @@ def test_sequence_scope_is_one_shared_memory_per_sequence(update_scale: str) -> 
 
 
 def test_gradients_by_finite_differences() -> None:
-    x = draw(B=2, T=9)
+    x = draw(B=2, T=5, n=3, V=2, H=2, K=4)
 
     def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        out = fast_weight_pkm(*tensors, chunk_size=4, top_k=3, scope="sequence")
+        out = fast_weight_pkm(*tensors, chunk_size=2, top_k=2, scope="sequence", impl="reference")
         return out.read, out.keys, out.values
 
     assert torch.autograd.gradcheck(run, tuple(x.values()), eps=1e-7, atol=1e-6)
@@ -240,7 +242,7 @@ def test_masked_values_are_never_written(scope: str) -> None:
     other = m(x, mask=mask, return_state=True)
     hook.remove()
     torch.testing.assert_close(other.y[mask], whole.y[mask])
-    torch.testing.assert_close(other.state.values, whole.state.values)
+    torch.testing.assert_close(m.tables(other.state), m.tables(whole.state))
     assert whole.y[~mask].abs().max() == 0
 
 
@@ -314,5 +316,6 @@ def test_one_chunk_a_write_is_the_same_layer(scope: str) -> None:
     whole, by_chunk = outs
     assert ByChunk.lengths == [7, 7, 7]
     torch.testing.assert_close(by_chunk.y, whole.y)
-    torch.testing.assert_close(state_tensors(by_chunk.state)[:4], state_tensors(whole.state)[:4])
+    torch.testing.assert_close(layer.tables(by_chunk.state), layer.tables(whole.state))
+    torch.testing.assert_close(state_tensors(by_chunk.state)[-4:], state_tensors(whole.state)[-4:])  # the queue
     torch.testing.assert_close(by_chunk.aux, whole.aux)

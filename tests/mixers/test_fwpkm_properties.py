@@ -115,9 +115,12 @@ def test_nan_stays_in_its_sequence(name: str, impl: str) -> None:
         inputs = {key: tensor.clone().requires_grad_() for key, tensor in inputs.items()}
         out = fast_weight_pkm(**inputs, **CALL, scope="sequence", impl=impl)
         grads = torch.autograd.grad(out.read[1].square().sum() + out.values[1].sum(), [inputs["q"], inputs["v"]])
-        found.append([out.read[1], out.keys[1], out.values[1], out.weights[1], *(g[1] for g in grads)])
+        found.append(([out.read[1], out.keys[1], out.values[1], out.weights[1]], [g[1] for g in grads]))
         last = out
-    assert_bit_equal(found[1], found[0])
+    assert_bit_equal(found[1][0], found[0][0])
+    # Inner products may round by where in memory a row lies, which the other sequence's slots decide.
+    for got, want in zip(found[1][1], found[0][1], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     assert last.read[0].isnan().any()
 
 

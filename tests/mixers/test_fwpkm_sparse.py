@@ -1,4 +1,7 @@
-"""The sparse fast-weight memory: what it refuses. Equality with the reference: ``test_fwpkm_random.py``."""
+"""The sparse fast-weight memory: what it refuses, and the ways of large calls.
+
+Equality with the reference: ``test_fwpkm_random.py``.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import pytest
 import torch
 
 from mixers.errors import UserError
-from mixers.fwpkm import fast_weight_pkm
+from mixers.fwpkm import fast_weight_pkm, sparse, sparse_rows, touched_rows
 from tests.mixers.test_fwpkm import draw
 
 
@@ -29,3 +32,30 @@ def test_values_changed_in_place_before_they_are_read_are_an_error() -> None:
     x["values"].add_(1)
     with pytest.raises(UserError, match="changed in place"):
         _ = out.values
+
+
+@pytest.mark.parametrize("n_codes", [0, 1, sparse_rows.FEW_CODES - 1, sparse_rows.FEW_CODES, 5000])
+def test_codes_sorted_with_their_positions(n_codes: int) -> None:
+    codes = torch.randint(0, 2**40, (n_codes,)) if n_codes % 2 else torch.randint(0, 7, (n_codes,))
+    for got, want in zip(sparse_rows.stable_sort(codes), torch.sort(codes, stable=True), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("scope", "learned"), [("sequence", False), ("shared", False), ("shared", True)])
+def test_sizes_that_take_the_ways_of_large_calls(scope: str, learned: bool) -> None:
+    """As in ``test_fwpkm_random.py``, but large enough for huge pages, for numbers that hold code and position, and for
+    derivatives of only those rows that have one."""
+    x = draw(B=2, T=200, H=2, K=8, V=176, n=64)
+    names = list(x) if learned else ["q", "v", "gate"]
+    x = {name: tensor if name in names else tensor.detach() for name, tensor in x.items()}
+    found = []
+    for impl in ("reference", "sparse"):
+        out = fast_weight_pkm(**x, chunk_size=48, top_k=8, scope=scope, impl=impl)
+        grads = torch.autograd.grad(out.read.square().sum(), [x[name] for name in names])
+        found.append((out.read, out.keys, out.values, *grads))
+    n_tokens, n_read, n_rows = 2 * 200, 2 * 8, out.values.ne(x["values"]).any(-1).sum()
+    assert n_tokens * n_read * 176 * 8 >= touched_rows.LARGE_BYTES
+    assert n_rows * 176 > sparse.FEW_DERIVATIVES
+    assert 2 * 48 * n_read * 2 >= sparse_rows.FEW_CODES
+    for got, want in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)

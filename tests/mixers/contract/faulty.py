@@ -380,6 +380,47 @@ class FlopsGrowWithContext(DecayedSum):
         return super().flops_per_token(context) + context
 
 
+class ReadsATable(DecayedSum):
+    """Healthy: adds one of 64 trained rows, chosen by the largest channel's index and sign."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.table = nn.Parameter(torch.randn(64, config.d_model))
+
+    def active_rows(self):
+        return {"table": 1}
+
+    def forward(self, x, state=None, *, return_state=False, mask=None):
+        out = super().forward(x, state, return_state=return_state, mask=mask)
+        rows = torch.cat([x, -x], dim=-1).argmax(-1)
+        return replace_y(out, zero_padding(out.y + self.table[rows], mask))
+
+
+@caught_by("active_parameters")
+class TableNotNamed(ReadsATable):
+    def active_rows(self):
+        return {}
+
+
+@caught_by("active_parameters")
+class ReadsMoreThanItSays(ReadsATable):
+    def forward(self, x, state=None, **options):
+        out = super().forward(x, state, **options)
+        return replace_y(out, out.y + self.table[-1])
+
+
+@caught_by("active_parameters")
+class SaysMoreThanItReads(ReadsATable):
+    def active_rows(self):
+        return {"table": 2}
+
+
+@caught_by("active_parameters")
+class NamesNoParameter(ReadsATable):
+    def active_rows(self):
+        return super().active_rows() | {"tables": 1}
+
+
 @caught_by("reset")
 class BufferSurvivesReset(DecayedSum):
     def __init__(self, config):

@@ -6,7 +6,7 @@ import pytest
 
 from mixers import contract
 from tests.mixers.contract.chunked import ChunkedSum
-from tests.mixers.contract.faulty import FAULTS
+from tests.mixers.contract.faulty import FAULTS, ReadsATable
 from tests.mixers.contract.healthy import DecayedSum
 from tests.mixers.contract.twins import TwinSum
 
@@ -39,6 +39,11 @@ def test_the_fault_is_found(fault, seed):
     assert result.message.startswith(f"{check}: ")
     # Found by what is measured, not by an accident of the planted fault; one is a crash by itself.
     assert ("raised" in result.message) == (fault == "NoTokensCrash"), result.message
+
+
+def test_a_table_that_says_what_is_read_of_it_passes():
+    result = contract.run_check("active_parameters", lambda: build(ReadsATable))
+    assert result.status == "passed", result.message
 
 
 def test_every_check_finds_a_fault():
