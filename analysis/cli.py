@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import click
 
+from analysis.bench_cli import plot_bench, read_bench
 from experiments.cli import runs_option
 from experiments.errors import UserError, nearest
 from experiments.paths import runs_root, tracking_uri
@@ -76,7 +76,9 @@ def compare(
         from analysis.history import memory_use
 
         history = memory_use(runs, saved.name, replicates(rows)) if html is not None or figures is not None else []
-        drawn = FigureData(saved, lines, found, chance, history, None if bench is None else _read_bench(bench))
+        drawn = FigureData(
+            saved, lines, found, chance, history, None if bench is None else read_bench(bench, "--bench")
+        )
     if html is not None:
         from analysis.page import report_page
         from analysis.payload import payload
@@ -143,19 +145,6 @@ def _writing(path: Path, option: str) -> Iterator[None]:
         raise UserError(f"{option} {path}: can't be written: {error.strerror}") from None
 
 
-def _read_bench(path: Path) -> dict[str, Any]:
-    """What `mixlab bench --json FILE` wrote."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--bench {path}: can't be read: {error.strerror}") from None
-    except ValueError:
-        values = None
-    if not isinstance(values, dict) or values.get("benchmark") != "mixers" or values.get("schema") != 1:
-        raise UserError(f"--bench {path}: not a benchmark of mixers: write one with `mixlab bench --json FILE`")
-    return values
-
-
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
@@ -202,4 +191,4 @@ def dashboard(
     )
 
 
-commands = [compare, dashboard]
+commands = [compare, dashboard, plot_bench]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
+from analysis.patterns import mixer_names
 from experiments.records import read_json
 from sweeps.saved import SavedSweep, read_saved, saved_names
 
@@ -41,30 +42,45 @@ class Plans:
             return kept[1]
 
 
+def results_version(runs: Path) -> Hashable:
+    """What changes with the results of checks and benchmarks."""
+    return tuple(
+        (path.name, _mark(path)) for folder in (CHECKS, BENCH) for path in sorted((runs / folder).glob("*.json"))
+    )
+
+
 def contract_result(runs: Path, mixer: str) -> dict[str, Any] | None:
     """What `mixlab check MIXER --json` last found, from the newest file RUNS/checks/*.json that has it."""
-    return next((row for _, row in _rows(runs / CHECKS, mixer) if isinstance(row.get("checks"), list)), None)
+    for path, made_ms, values in _newest_first(runs / CHECKS):
+        for row in values if isinstance(values, list) else ():
+            if isinstance(row, dict) and row.get("name") == mixer and isinstance(row.get("checks"), list):
+                return {**row, "file": path.name, "made_ms": made_ms}
+    return None
 
 
-def bench_results(runs: Path, mixer: str) -> list[dict[str, Any]]:
-    """What benchmarks measured of ``mixer``, from the files RUNS/bench/*.json, newest first."""
-    return [row for _, row in _rows(runs / BENCH, mixer)]
-
-
-def _rows(folder: Path, mixer: str) -> list[tuple[Path, dict[str, Any]]]:
-    """The objects of the lists in ``folder`` that are of ``mixer``, those of the newest file first."""
-    found = []
-    for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        values = read_json(path)
-        rows = values.get("rows") if isinstance(values, dict) else values
-        for row in rows if isinstance(rows, list) else ():
-            if isinstance(row, dict) and mixer in (row.get("name"), row.get("mixer")):
-                made_ms = path.stat().st_mtime_ns // 1_000_000
-                found.append((path, {**row, "file": path.name, "made_ms": made_ms}))
+def bench_results(runs: Path, mixer: str, known: Collection[str]) -> dict[str, list[dict[str, Any]]]:
+    """What `mixlab bench --json RUNS/bench/FILE.json` measured of layers with ``mixer`` in them, newest file first:
+    its ``rows`` and ``growth``. Layers with a mixer that is not ``known`` are left out."""
+    found: dict[str, list[dict[str, Any]]] = {"rows": [], "growth": []}
+    for path, made_ms, values in _newest_first(runs / BENCH):
+        for name, rows in found.items():
+            for row in values.get(name) or () if isinstance(values, dict) else ():
+                label = row.get("label") if isinstance(row, dict) else None
+                names = mixer_names(label) if isinstance(label, str) else []
+                if mixer in names and set(names) <= set(known):
+                    rows.append({**row, "file": path.name, "made_ms": made_ms})
     return found
 
 
-def _mark(path: Path) -> Hashable:
+def _newest_first(folder: Path) -> Iterator[tuple[Path, int, Any]]:
+    """The files of ``folder`` with when they were made and what they hold; torn ones are left out."""
+    marks = {path: mark for path in folder.glob("*.json") if (mark := _mark(path)) is not None}
+    for path, (made_ns, _) in sorted(marks.items(), key=lambda entry: entry[1], reverse=True):
+        if (values := read_json(path)) is not None:
+            yield path, made_ns // 1_000_000, values
+
+
+def _mark(path: Path) -> tuple[int, int] | None:
     try:
         found = path.stat()
     except FileNotFoundError:

@@ -10,7 +10,7 @@ from typing import Any
 from analysis.axes import axis
 from analysis.comparison import DEFAULT_X, as_json, check_axis, compare
 from analysis.dashboard.overview import sweep_overview
-from analysis.dashboard.records import Plans, bench_results, contract_result
+from analysis.dashboard.records import Plans, bench_results, contract_result, results_version
 from analysis.dashboard.store import StoredExperiment, StoredRun, VisibleStore
 from analysis.findings import Findings, findings
 from analysis.findings import as_json as findings_json
@@ -40,6 +40,10 @@ class Views:
     def state(self, store: VisibleStore, sweeps: Iterable[StoredExperiment]) -> Hashable:
         """What changes whenever an answer about these sweeps may."""
         return tuple((e.experiment_id, store.version(e.experiment_id), self._plans.version(e.name)) for e in sweeps)
+
+    def results_state(self) -> Hashable:
+        """What changes whenever an answer about a mixer may, beside its sweeps."""
+        return results_version(self._runs)
 
     def overview(self, store: VisibleStore) -> list[dict[str, Any]]:
         """All sweeps, newest first."""
@@ -121,11 +125,13 @@ class Views:
     def mixer(self, store: VisibleStore, name: str) -> dict[str, Any]:
         """One mixer: its arms in every sweep, its contract result, and what a benchmark measured. Raises UserError.
 
-        Results of the contract and of benchmarks are shown only of a mixer that stands in a sweep the user may see.
+        Results of the contract and of benchmarks are shown only of mixers that stand in a sweep the user may see.
         """
         sweeps = []
+        known: set[str] = set()
         for entry in sweep_experiments(store):
             saved, rows = self._sweep(store, entry)
+            known.update(one for pattern in saved.arms.values() for one in mixer_names(pattern))
             arms = {arm: pattern for arm, pattern in saved.arms.items() if name in mixer_names(pattern)}
             if not arms:
                 continue
@@ -152,7 +158,7 @@ class Views:
                 "name": name,
                 "sweeps": sweeps,
                 "contract": contract_result(self._runs, name),
-                "bench": bench_results(self._runs, name),
+                "bench": bench_results(self._runs, name, known),
             }
         )
 

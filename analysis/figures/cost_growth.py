@@ -23,7 +23,7 @@ def cost_growth(data: FigureData) -> Figure:
     fixed part and growth per token. That is a line by construction, not a measurement.
     """
     if data.bench is not None:
-        return _measured(data.bench)
+        return measured_growth(data.bench)
     curves = _state_of_arms(data)
     if not curves:
         raise DoesNotApply("no arm's state was measured, and no benchmark was given (--bench FILE)")
@@ -49,6 +49,7 @@ def _state_of_arms(data: FigureData) -> dict[str, Curve]:
     return {arm: curve for arm, curve in curves.items() if curve}
 
 
+MEASURED = "measured"
 # scene, value of a row, heading, unit
 _SCENES = (
     ("prefill", lambda row, value: 1e6 * value / row["tokens"], "Prefill (µs per token)", ""),
@@ -56,7 +57,8 @@ _SCENES = (
 )
 
 
-def _measured(bench: dict[str, Any]) -> Figure:
+def measured_growth(bench: dict[str, Any]) -> Figure:
+    """State, prefill, decoding and peak memory over T, of what was measured. Raises DoesNotApply where nothing was."""
     looks = styles({layer["label"]: layer["label"] for layer in bench["layers"]})
     states = {
         layer["label"]: [
@@ -68,7 +70,7 @@ def _measured(bench: dict[str, Any]) -> Figure:
     for scene, value_of, heading, unit in _SCENES:
         curves: dict[str, Curve] = {}
         for row in bench["rows"]:
-            if row["scene"] == scene and row["status"] == "ok":
+            if row["scene"] == scene and row["status"] == MEASURED:
                 found = [
                     value_of(row, row[name]) if row.get(name) else None
                     for name in ("seconds", "seconds_min", "seconds_max")
@@ -77,7 +79,7 @@ def _measured(bench: dict[str, Any]) -> Figure:
         parts.append((heading, unit, curves))
     peaks: dict[str, Curve] = {}
     for row in bench["rows"]:
-        if row["scene"] == "prefill" and row["status"] == "ok" and row.get("peak_bytes"):
+        if row["scene"] == "prefill" and row["status"] == MEASURED and row.get("peak_bytes"):
             peaks.setdefault(row["label"], []).append((row["tokens"], row["peak_bytes"], None, None))
     parts.append(("Peak memory of prefill", "bytes", peaks))
     parts = [part for part in parts if any(part[2].values())]

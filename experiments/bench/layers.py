@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -77,6 +78,12 @@ def _usual_heads(cls: type[Mixer], d_model: int) -> dict[str, int]:
     return {"n_heads": d_model // HEAD_WIDTH}
 
 
+@functools.lru_cache(maxsize=4)
+def _drawn(device: str, seed: int, batch: int, n_tokens: int, d_model: int) -> Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(batch, n_tokens, d_model, generator=generator, device=device)
+
+
 class Bench:
     """One layer in evaluation, on its device, with the same inputs as all others of this width and seed."""
 
@@ -87,10 +94,8 @@ class Bench:
             self.layer = registry.build(measured.name, measured.options).eval().to(compute.device)
 
     def inputs(self, batch: int, n_tokens: int) -> Tensor:
-        """(B,T,D), normal: longer ones begin with the shorter ones' tokens."""
-        generator = torch.Generator("cpu").manual_seed(self.seed)
-        drawn = torch.randn(n_tokens, batch, self.layer.config.d_model, generator=generator)
-        return drawn.transpose(0, 1).contiguous().to(self.compute.device)
+        """(B,T,D), normal, the same for all layers of this width."""
+        return _drawn(str(self.compute.device), self.seed, batch, n_tokens, self.layer.config.d_model)
 
     @property
     def resumable(self) -> bool:
@@ -108,7 +113,7 @@ class Bench:
 
     def train(self, n_tokens: int, batch: int) -> Operation:
         """Forward and backward to the input and all parameters. The layer is put into training meanwhile."""
-        x = self.inputs(batch, n_tokens).requires_grad_()
+        x = self.inputs(batch, n_tokens).detach().requires_grad_()
         cotangent = torch.ones_like(x)
 
         def step() -> None:

@@ -157,10 +157,11 @@ def measure(
             session.peaks = stack.enter_context(
                 peak_server(layers, report.settings.plugins, torch.get_num_threads(), report.settings.seed)
             )
+        # The longest last: what a time limit cuts off.
+        yield from session.kernels()
+        yield from session.training()
         for n_tokens in report.settings.tokens:
             yield from session.by_length(n_tokens)
-        yield from session.training()
-        yield from session.kernels()
 
 
 class _Session:
@@ -188,7 +189,8 @@ class _Session:
             self.report.layers.append(row)
             try:
                 bench = Bench(measured, self.compute, s.seed)
-                row |= {"status": OK, "note": "", "impl": bench.layer.impl, **meters.sizes(bench.layer)}
+                with self.compute.autocast():  # on which the choice may depend
+                    row |= {"status": OK, "note": "", "impl": bench.layer.impl, **meters.sizes(bench.layer)}
                 row |= meters.flops(measured, self.compute, min(s.flop_tokens, s.tokens[-1]), s.seed)
             except Exception as error:  # noqa: BLE001  a stranger's layer may raise anything; the others are measured
                 row["status"], row["note"] = _outcome(error)
@@ -271,10 +273,10 @@ class _Session:
                     extras[point]["peak_bytes"] = self.peaks.bytes(point)
                 operation = prepare(point)
                 first = seconds(operation, s.device)
-                if on_gpu or first < SHORT_S:
-                    seconds(operation, s.device)
                 if on_gpu and point.scene != "decode":
                     extras[point]["peak_bytes"] = cuda_peak(operation)
+                elif on_gpu or first < SHORT_S:
+                    seconds(operation, s.device)
                 operations[point] = operation
             except Exception as error:  # noqa: BLE001  any failure of one is a result of the run, not its end
                 outcomes[point] = _outcome(error)
@@ -304,7 +306,15 @@ class _Session:
         return (self.energy.joules() - before) / (n_calls * point.batch * point.tokens)
 
     def _row(self, point: Point, outcome: tuple[str, str] | None, times: list[float], extras: Row) -> Row:
-        row = {**vars(point), "status": OK, "note": "", "seconds": None, "seconds_min": None, "seconds_max": None}
+        row = {
+            **vars(point),
+            "mixer": self.benches[point.label].measured.name,
+            "status": OK,
+            "note": "",
+            "seconds": None,
+            "seconds_min": None,
+            "seconds_max": None,
+        }
         row |= {"n_repeats": 0, "tokens_per_s": None, "state_bytes": None, **extras}
         if outcome is not None:
             row["status"], row["note"] = outcome
@@ -323,7 +333,7 @@ class _Session:
         for label, bench in self.benches.items():
             for backward in (False, True):
                 if self.is_late:
-                    return
+                    break
                 row: Row = {"label": label, "tokens": n_tokens, "batch": 1, "backward": backward}
                 try:
                     self.say(f"{label}: next to its kernel{', with backward' if backward else ''}")
@@ -331,8 +341,9 @@ class _Session:
                 except Exception as error:  # noqa: BLE001  as above
                     status, note = _outcome(error)
                     found = {"status": status, "note": note}
-                if found is not None:
-                    self.report.kernels.append(row | found)
+                if found is None:
+                    break
+                self.report.kernels.append(row | found)
                 gc.collect()
         yield "kernels", self.report.kernels
 

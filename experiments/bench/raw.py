@@ -66,7 +66,7 @@ def record(bench: Bench, n_tokens: int, batch: int, backward: bool, device: str)
     """Run the layer once, in training or without gradients, and keep what it calls."""
     found = Recorded([], [])
     is_gpu = device == "cuda"
-    x = bench.inputs(batch, n_tokens).requires_grad_(backward)
+    x = bench.inputs(batch, n_tokens).detach().requires_grad_(backward)
     # On the CPU fla's kernels can't be reached, and importing them takes seconds.
     kernels = [entry for entry in KERNELS if is_gpu or not entry[0].startswith(("fla.", "flash_attn"))]
     bench.layer.train(backward)

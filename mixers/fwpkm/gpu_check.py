@@ -1,7 +1,7 @@
 """Check the Triton implementation against the readable one, then time it: python -m mixers.fwpkm.gpu_check [--json].
 
 With TRITON_INTERPRET=1 and no GPU the check runs in triton's interpreter, in float64, and nothing is timed.
-Exit code 1 when a check fails. Beside the measured time of each kernel stands the predicted one, see PREDICTED.
+Exit code 1 when a check fails. Beside the measured time of each step of a chain stands the predicted one, PREDICTED.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import click
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from mixers.fwpkm import triton_chunks
 from mixers.fwpkm.reference import ChunkOptions
 from mixers.fwpkm.reference import write_chunks as write_readable
 from mixers.fwpkm.triton_chunks import write_chunks as write_triton
+from mixers.kernels.barrier import timed_meetings
 from mixers.kernels.weighted_rows import weighted_rows
 from mixers.product_keys import read
 
@@ -29,35 +28,41 @@ CASES = [
     {"update_scale": "released", "lookahead": 2, "temperature": 0.5, "masked": True},
     {"update_scale": "released", "lookahead": 0, "score": "dot", "heads": 1},
     {"address_weight": 0.0, "masked": True, "gated": False},
-    {"scope": "sequence", "lr": 0.7, "address_weight": 0.3},
+    {"scope": "sequence", "lr": 0.7, "address_weight": 0.3, "frozen": True},
     {"scope": "sequence", "update_scale": "released", "masked": True, "score": "dot"},
 ]
 
 
-# Predicted milliseconds of all launches of a kernel at the timed sizes (float32, n=512, H=1, k=8, K=V=512, one shared
-# memory): bytes over 4 TB/s of memory or 5.5 TB/s of L2 cache, 250 TFLOP/s for tf32 products, about 3 us a launch for
-# its start and the loads that wait for one another.
+# Predicted milliseconds of every step of the chains, all chunks together, at the timed sizes on an H100 (float32,
+# n=512, H=1, k=8, K=V=512, one shared memory): bytes over 3 TB/s of memory or 5.5 TB/s of L2 cache, 250 TFLOP/s for
+# tf32 products, and about 1.2 us for each meeting of the programs.
 PREDICTED = {
     # 8 x 4096 tokens, C=512: 8 chunks of 4096 queries.
-    "train_kernels": {
-        "update_kernel": 0.65,  # 3 rows of 2 KB per touched row forward, 2 backward: 190 and 127 MB a chunk
-        "read_backward_kernel": 0.36,  # 170 MB a chunk
-        "address_kernel": 0.40,  # 16 maxima of 512, one after the other
-        "step_keys_kernel": 0.26,  # 67 MB a chunk from the L2 cache
-        "rank_subkeys_kernel": 0.24,  # 3 x 2.1 GFLOP a chunk
-        "read_kernel": 0.20,  # 92 MB a chunk
-        "key_gradients_kernel": 0.20,  # 134 MB a chunk from the L2 cache
-        "key_direction_kernel": 0.20,  # the same
-        "mean_use_kernel": 0.16,  # 34 million comparisons a chunk
+    "train_steps": {
+        "key_chain.rank": 0.20,  # 3 x 2.1 GFLOP a chunk
+        "key_chain.address": 0.10,  # 4 tiles of 8 half queries a program, 3 us each
+        "key_chain.list": 0.03,  # 4 MB of places a chunk
+        "key_chain.pull": 0.12,  # 67 MB a chunk from the L2 cache
+        "key_chain.step": 0.04,
+        "value_chain.read": 0.25,  # 92 MB a chunk
+        "value_chain.step": 0.50,  # 190 MB a chunk
+        "value_chain_backward.token": 0.40,  # 150 MB a chunk
+        "value_chain_backward.step": 0.23,  # 85 MB a chunk
+        "key_chain_backward.direction": 0.09,  # 134 MB of a chunk from the L2 cache, each at most once a processor
+        "key_chain_backward.list": 0.03,
+        "key_chain_backward.gradient": 0.09,
+        "key_chain_backward.pull": 0.12,
+        "key_chain_backward.step": 0.04,
     },
-    # 131072 tokens, C=512: 256 chunks of 512 queries, where starts and waits outweigh bytes.
-    "prefill_128k_kernels": {
-        "address_kernel": 2.8,
-        "rank_subkeys_kernel": 2.3,
-        "update_kernel": 2.0,
-        "read_kernel": 1.5,
-        "step_keys_kernel": 1.5,
-        "mean_use_kernel": 1.3,
+    # 131072 tokens, C=512: 256 chunks of 512 queries, where waits outweigh bytes.
+    "prefill_128k_steps": {
+        "key_chain.rank": 1.0,
+        "key_chain.address": 1.2,
+        "key_chain.list": 0.64,
+        "key_chain.pull": 1.3,
+        "key_chain.step": 1.0,
+        "value_chain.read": 0.95,
+        "value_chain.step": 1.3,
     },
 }
 
@@ -91,17 +96,6 @@ def draw(
     return {name: part.to(device=device, dtype=dtype).requires_grad_() for name, part in parts.items()}
 
 
-@contextmanager
-def parts_of(n_queries: int) -> Iterator[None]:
-    """The chains of keys and values meet every ``n_queries`` queries, so that short calls go the way of long ones."""
-    usual = triton_chunks.QUERIES_PER_SORT, triton_chunks.QUERIES_PER_MEETING
-    triton_chunks.QUERIES_PER_SORT = triton_chunks.QUERIES_PER_MEETING = n_queries
-    try:
-        yield
-    finally:
-        triton_chunks.QUERIES_PER_SORT, triton_chunks.QUERIES_PER_MEETING = usual
-
-
 def compare(case: dict, sizes: dict[str, int], dtype: torch.dtype, device: str) -> dict[str, float]:
     """Largest difference from the float64 reference over the reference's largest entry, per output and gradient.
 
@@ -109,7 +103,7 @@ def compare(case: dict, sizes: dict[str, int], dtype: torch.dtype, device: str) 
     """
     case = dict(case)
     scope, masked, gated = case.pop("scope", "shared"), case.pop("masked", False), case.pop("gated", True)
-    heads = case.pop("heads", 2)
+    heads, frozen = case.pop("heads", 2), case.pop("frozen", False)
     lead = (sizes["B"], 1) if scope == "sequence" else (1, sizes["B"])
     options = options_of(chunk_size=sizes["C"], top_k=sizes["k"], **case)
     drawn = draw(*lead, sizes["T"], heads, sizes["K"], sizes["n"], sizes["V"], torch.float64, device)
@@ -120,26 +114,28 @@ def compare(case: dict, sizes: dict[str, int], dtype: torch.dtype, device: str) 
     # The same float32 numbers for both, so that only the arithmetic differs.
     drawn = {name: part.detach().to(dtype).double().requires_grad_() for name, part in drawn.items()}
     results = []
-    with parts_of(lead[1] * sizes["C"] + 1):
-        for write, width in ((write_readable, torch.float64), (write_triton, dtype)):
-            parts = {name: part.detach().to(width).requires_grad_() for name, part in drawn.items()}
-            out = write(
-                parts["q"],
-                parts["v"],
-                parts.get("gate"),
-                parts["keys"],
-                parts["values"],
-                mask if masked else None,
-                options,
-            )
-            generator = torch.Generator().manual_seed(1)
-            loss = 0.0
-            for tensor in (out.read, out.keys, out.values, out.weights):
-                noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(device)
-                loss = loss + (tensor.double() * noise).sum()
-            gradients = torch.autograd.grad(loss, list(parts.values()))
-            found = dict(zip((f"d_{name}" for name in parts), gradients, strict=True))
-            results.append(out._asdict() | found)
+    for write, width in ((write_readable, torch.float64), (write_triton, dtype)):
+        parts = {name: part.detach().to(width).requires_grad_() for name, part in drawn.items()}
+        if frozen:
+            parts["keys"].requires_grad_(False), parts["values"].requires_grad_(False)
+        trained = {name: part for name, part in parts.items() if part.requires_grad}
+        out = write(
+            parts["q"],
+            parts["v"],
+            parts.get("gate"),
+            parts["keys"],
+            parts["values"],
+            mask if masked else None,
+            options,
+        )
+        generator = torch.Generator().manual_seed(1)
+        loss = 0.0
+        for tensor in (out.read,) if frozen else (out.read, out.keys, out.values, out.weights):
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(device)
+            loss = loss + (tensor.double() * noise).sum()
+        gradients = torch.autograd.grad(loss, list(trained.values()))
+        found = dict(zip((f"d_{name}" for name in trained), gradients, strict=True))
+        results.append(out._asdict() | found)
     want, got = results
     errors = {"slots": (want.pop("slots") != got.pop("slots")).double().mean().item()}
     for name, expected in want.items():
@@ -212,6 +208,17 @@ def kernel_times(operation: Callable[[], object]) -> dict[str, dict[str, float]]
     return dict(sorted(rows.items(), key=lambda item: -item[1]["ms"])[:24])
 
 
+def step_times(operation: Callable[[], object]) -> dict[str, dict[str, float]]:
+    """Milliseconds between the meetings of the chains' programs, summed over the chunks, by "kernel.step"."""
+    with timed_meetings():
+        operation()
+    torch.cuda.synchronize()
+    with timed_meetings() as found:
+        operation()
+        torch.cuda.synchronize()
+    return {f"{kernel}.{step}": {"ms": round(ms, 4)} for kernel, steps in found.items() for step, ms in steps.items()}
+
+
 def extra_bytes(operation: Callable[[], object]) -> int:
     """Device memory that a call needs on top of what is allocated when it starts, its result included."""
     torch.cuda.synchronize()
@@ -231,8 +238,8 @@ def timings() -> dict[str, object]:
     values = torch.randn(1, 512**2, 512, device="cuda") * 512**-0.5
     for part in (_time_copy, _time_training, _time_prefill, _time_static_read):
         for name, value in part(keys, values):
-            for kernel, predicted in PREDICTED.get(name, {}).items():
-                value.setdefault(kernel, {})["predicted_ms"] = predicted
+            for step, predicted in PREDICTED.get(name, {}).items():
+                value.setdefault(step, {})["predicted_ms"] = predicted
             found[name] = value
             print(f"{name}: {value}", file=sys.stderr, flush=True)
         torch.cuda.empty_cache()
@@ -269,6 +276,7 @@ def _time_training(keys: Tensor, values: Tensor) -> Measured:
     yield "train_ms", milliseconds(train)
     yield "train_extra_GB", extra_bytes(train) / 1e9
     yield "train_kernels", kernel_times(train)
+    yield "train_steps", step_times(train)
     yield "deterministic", all(torch.equal(a, b) for a, b in zip(train(), train(), strict=True))
     yield "forward_graph_ms", milliseconds(captured(infer))
     yield "train_graph_ms", milliseconds(captured(train))
@@ -283,6 +291,7 @@ def _time_prefill(keys: Tensor, values: Tensor) -> Measured:
 
     yield "prefill_128k_ms", milliseconds(infer, repeats=5)
     yield "prefill_128k_kernels", kernel_times(infer)
+    yield "prefill_128k_steps", step_times(infer)
     yield "prefill_128k_graph_ms", milliseconds(captured(infer), repeats=5)
 
 
@@ -312,7 +321,7 @@ def main(as_json: bool, check_only: bool) -> None:
     bound = 2e-5 if on_gpu else 1e-10
     sizes = {"B": 3, "T": 300, "K": 64, "n": 45, "V": 96, "k": 5, "C": 64}
     if not on_gpu:
-        sizes = {"B": 2, "T": 11, "K": 6, "n": 6, "V": 5, "k": 3, "C": 4}
+        sizes = {"B": 2, "T": 7, "K": 6, "n": 6, "V": 5, "k": 3, "C": 3}
     found: dict[str, object] = {"bound": bound, "checks": []}
     failed = False
     for case in CASES:

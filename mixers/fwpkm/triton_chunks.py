@@ -1,16 +1,16 @@
-"""Fast-weight product-key memory on a GPU: the chunks of a call as a chain of Triton kernels, backward included.
+"""Fast-weight product-key memory on a GPU: the chunks of a call as a few Triton kernels, backward included.
 
 Same mathematics as :mod:`mixers.fwpkm.reference`, in an order of its own. Without ``value_loss_to_keys`` the keys never
 depend on the values, so the call runs in three parts:
 
-    A. for every chunk: rank sub-keys, address, mean use, addressing step             (4 launches)
-    B. stable sorts of all (chunk, slot) accesses, for several chunks at once         (no launch depends on its result)
-    C. for every chunk: read and take the errors, step the rows that were read        (2 launches)
+    A. key_chain: all chunks' addressing and addressing steps; combine: the slots and weights of all tokens
+    B. one stable sort of all (chunk, slot) accesses
+    C. value_chain: for every chunk, read and take the errors, step the rows that were read
 
-In a CUDA graph A runs ahead on a stream of its own; B and C follow some chunks behind. The backward goes in the
-opposite order, from the rows that each chunk overwrote and the keys that it used: C' 2 launches a chunk ahead of A', 4.
-Nothing in the loops waits for the device, or has a size that depends on data, so a call can be captured in a CUDA
-graph. With ``address_weight`` 0 the keys stand still and part A is two launches a chunk.
+The backward goes in the opposite order, from the rows that each chunk overwrote and the keys that it used: C' and A'.
+A chain is one launch: its programs go from chunk to chunk together and meet where a step needs what another wrote
+(:mod:`mixers.kernels.barrier`). So the number of launches does not depend on the number of chunks. Nothing waits for
+the device on the host, or has a size that depends on data, so a call can be captured in a CUDA graph.
 
 Cost at B sequences, J = H*k slots a token, float32, beside inputs and outputs: forward about 4 (4 J V + 4 V + 3 H K)
 bytes per token, backward the same again; kept for the backward: J V + 2 H K elements per token and the keys of each
@@ -32,21 +32,14 @@ from torch.autograd.function import once_differentiable
 
 from mixers.errors import UserError
 from mixers.fwpkm.reference import ENTROPY_EPS, ChunkOptions, ChunksOutput
-from mixers.kernels.address import address
-from mixers.kernels.chunk import Chunk
+from mixers.kernels.address import combine
 from mixers.kernels.groups import Groups, group_accesses
-from mixers.kernels.key_backward import key_direction, key_gradients
-from mixers.kernels.key_step import descend_entropy, key_step_backward
-from mixers.kernels.read import read_and_err
-from mixers.kernels.read_backward import chunk_backward
-from mixers.kernels.select import rank_subkeys
-from mixers.kernels.side_stream import SideStream, is_captured
-from mixers.kernels.update import add_rows, step_rows
-from mixers.kernels.use import mean_use, uses
+from mixers.kernels.key_chain import key_chain
+from mixers.kernels.key_chain_backward import key_chain_backward
+from mixers.kernels.value_chain import value_chain
+from mixers.kernels.value_chain_backward import value_chain_backward
 
 MAX_SUBKEYS, MAX_TOP_K, MAX_VALUE_DIM = 1024, 32, 4096
-# Queries after which the two chains meet: enough for a sort's fixed cost, few enough that one chain hides the other.
-QUERIES_PER_SORT, QUERIES_PER_MEETING = 8192, 4096
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, n_subkeys: int, value_dim: int, options: ChunkOptions) -> str:
@@ -114,25 +107,6 @@ class _Kept(NamedTuple):
     overwritten: Tensor
 
 
-def _chunks(q: Tensor, chunk_size: int) -> list[Chunk]:
-    n_memories, n_rows, n_tokens = q.shape[:3]
-    return [
-        Chunk(n_memories, n_rows, n_tokens, start, min(chunk_size, n_tokens - start))
-        for start in range(0, n_tokens, chunk_size)
-    ]
-
-
-def _parts(chunks: list[Chunk], n_queries: int) -> list[list[Chunk]]:
-    """Chunks one after the other, together of at least ``n_queries`` but for the last part."""
-    n_together = max(1, -(-n_queries // chunks[0].n_queries))
-    return [chunks[first : first + n_together] for first in range(0, len(chunks), n_together)]
-
-
-def _merged(part: list[Chunk]) -> Chunk:
-    """The tokens of neighbouring chunks as one chunk."""
-    return Chunk(*part[0][:4], sum(at.n_chunk for at in part))
-
-
 def _forward(
     q: Tensor,
     v: Tensor,
@@ -149,69 +123,36 @@ def _forward(
     n_memories, n_rows, n_tokens, n_heads, _ = q.shape
     n_subkeys, value_dim, top_k = keys.shape[3], values.shape[-1], o.top_k
     tokens, n_read = (n_memories, n_rows, n_tokens), n_heads * top_k
-    chunks = _chunks(q, o.chunk_size)
-    still = o.address_weight == 0
-    n_kept_keys = 1 if still or not keep else len(chunks) + 1
+    n_chunks = -(-n_tokens // o.chunk_size)
+    n_kept_keys = n_chunks + 1 if keep and o.address_weight != 0 else 1
     all_keys = keys.new_empty(n_kept_keys, *keys.shape)
     all_keys[0] = keys
-    table = torch.empty_like(values, memory_format=torch.contiguous_format)
+    table = values.clone(memory_format=torch.contiguous_format)
     read = q.new_empty(*tokens, value_dim)
     indices = torch.empty(*tokens, n_heads, 2, top_k, dtype=torch.int32, device=q.device)
     measures, probabilities = q.new_empty(indices.shape), q.new_empty(indices.shape)
     pairs = torch.empty(*tokens, n_read, dtype=torch.int32, device=q.device)
     slots = torch.empty(*tokens, n_read, dtype=torch.int64, device=q.device)
     weights = q.new_empty(*tokens, n_read)
-    mean = q.new_zeros(len(chunks), n_memories, 2, n_subkeys)
-    squared_error = q.new_zeros(tokens)
-    if not chunks:
+    if not read.shape[:3].numel():
         nothing = q.new_zeros(())
-        return ChunksOutput(read, all_keys[0], table.copy_(values), slots, weights, nothing, nothing.clone()), None
+        return ChunksOutput(read, all_keys[0], table, slots, weights, nothing, nothing.clone()), None
 
-    n_queries = chunks[0].n_queries
-    ranks = q.new_empty(n_memories, n_queries, n_heads, 2, n_subkeys)
-    found = None if still else uses(indices, mean[0], n_queries)
+    # Without a step nothing is used, and the loss is 0.
+    mean = (q.new_empty if o.address_weight else q.new_zeros)(n_chunks, n_memories, 2, n_subkeys)
+    key_chain(q, all_keys, indices, measures, probabilities, mean, o.chunk_size, o.score, o.lr, o.address_weight)
+    combine(indices, measures, pairs, slots, weights, n_subkeys, o.score, o.temperature)
+    groups = group_accesses(slots, values.shape[1], o.chunk_size)
     pair_weight = _pair_weight(q, gate, mask, o)
     scale = _scale(q, mask, o)
-    error = q.new_empty(n_memories, n_queries, value_dim)
+    squared_error = q.new_empty(tokens)
     overwritten = q.new_empty(slots.numel(), value_dim) if keep else None
-    groups = Groups(*(torch.empty(slots.numel(), dtype=torch.int64, device=q.device) for _ in Groups._fields))
-    beside = len(chunks) > 1 and is_captured(q.device)
-    side = SideStream(q.device, beside=beside)
-    side.wait()
-    table.copy_(values)
-    for part in _parts(chunks, QUERIES_PER_SORT) if beside else [chunks]:
-        # A. The chain of the keys runs ahead.
-        with side.run():
-            for at in part:
-                here = 0 if n_kept_keys == 1 else at.start // o.chunk_size
-                now, then = all_keys[here], all_keys[min(here + 1, n_kept_keys - 1)]
-                rank_subkeys(q, now, ranks, at, o.score)
-                address(
-                    q, now, ranks, indices, measures, probabilities, pairs, slots, weights, at, o.score, o.temperature
-                )  # fmt: skip
-                if not still:
-                    used = mean[at.start // o.chunk_size]
-                    mean_use(indices, probabilities, found, used, at)
-                    descend_entropy(
-                        q, now, indices, measures, probabilities, used, found, then, at, o.score, o.lr,
-                        o.address_weight,
-                    )  # fmt: skip
-        side.join()
+    value_chain(
+        table, slots, weights, v, pair_weight, scale, groups, read, squared_error, overwritten, o.chunk_size,
+        o.lookahead,
+    )  # fmt: skip
 
-        # B. Which accesses of a chunk go to the same row.
-        start, end = part[0].start, part[-1].start + part[-1].n_chunk
-        per_token = n_memories * n_rows * n_read
-        for whole, of_part in zip(
-            groups, group_accesses(slots, values.shape[1], o.chunk_size, start, end), strict=True
-        ):
-            whole[start * per_token : end * per_token] = of_part
-
-        # C. The chain of the values.
-        for at in part:
-            read_and_err(table, slots, weights, v, pair_weight, read, error, squared_error, at, o.lookahead)
-            step_rows(table, error, weights, scale[at.start // o.chunk_size], groups, overwritten, at)
-
-    n_pairs = n_memories * n_rows * sum(max(at.n_chunk - o.lookahead, 0) for at in chunks)
+    n_pairs = n_memories * n_rows * sum(max(size - o.lookahead, 0) for size in _sizes(n_tokens, o.chunk_size))
     out = ChunksOutput(
         read,
         # A copy where it is one of many: a state would keep the keys of all chunks alive.
@@ -220,7 +161,7 @@ def _forward(
         slots,
         weights,
         0.5 * squared_error.sum() / max(n_pairs, 1),
-        o.address_weight * (mean * torch.log(mean + ENTROPY_EPS)).sum() / (n_memories * len(chunks)),
+        o.address_weight * (mean * torch.log(mean + ENTROPY_EPS)).sum() / (n_memories * n_chunks),
     )
     if overwritten is None:
         return out, None
@@ -229,6 +170,11 @@ def _forward(
         overwritten,
     )  # fmt: skip
     return out, kept
+
+
+def _sizes(n_tokens: int, chunk_size: int) -> list[int]:
+    """Tokens of each chunk."""
+    return [min(chunk_size, n_tokens - start) for start in range(0, n_tokens, chunk_size)]
 
 
 def _writes(q: Tensor, options: ChunkOptions) -> Tensor:
@@ -253,18 +199,18 @@ def _scale(q: Tensor, mask: Tensor | None, options: ChunkOptions) -> Tensor:
     """(n_chunks,M): -lr times the scale of the update; for ``released``, scale = H k ns / M pairs."""
     o = options
     n_memories, n_rows, n_tokens, n_heads, _ = q.shape
-    chunks = _chunks(q, o.chunk_size)
+    sizes = _sizes(n_tokens, o.chunk_size)
     if o.update_scale == "paper":
-        return q.new_full((len(chunks), n_memories), -o.lr)
+        return q.new_full((len(sizes), n_memories), -o.lr)
     # Filled on the device: only the last chunk may be shorter, and a copy from the host can't be captured.
-    n_pairs, n_effective = q.new_empty(len(chunks), 1), q.new_empty(len(chunks), n_memories)
-    for part, at in ((slice(0, -1), chunks[0]), (slice(-1, None), chunks[-1])):
-        n_pairs[part] = max(n_rows * max(at.n_chunk - o.lookahead, 0), 1)
-        n_effective[part] = at.n_queries
+    n_pairs, n_effective = q.new_empty(len(sizes), 1), q.new_empty(len(sizes), n_memories)
+    for part, size in ((slice(0, -1), sizes[0]), (slice(-1, None), sizes[-1])):
+        n_pairs[part] = max(n_rows * max(size - o.lookahead, 0), 1)
+        n_effective[part] = n_rows * size
     if mask is not None:
         real = (mask * _writes(q, o)).to(q.dtype).sum(1)
-        real = torch.nn.functional.pad(real, (0, len(chunks) * o.chunk_size - n_tokens))
-        n_effective = real.view(n_memories, len(chunks), o.chunk_size).sum(-1).T
+        real = torch.nn.functional.pad(real, (0, len(sizes) * o.chunk_size - n_tokens))
+        n_effective = real.view(n_memories, len(sizes), o.chunk_size).sum(-1).T
     ratio = n_effective / n_pairs
     return (-o.lr * n_heads * o.top_k * ratio).contiguous()
 
@@ -318,62 +264,35 @@ def _backward(
     o = options
     q, v = q.contiguous(), v.contiguous()
     keys_shape, values_shape = shapes
-    n_memories, n_heads, n_subkeys = keys_shape[0], keys_shape[1], keys_shape[3]
-    chunks = _chunks(q, o.chunk_size)
-    still = o.address_weight == 0
     d_out = q.new_zeros(kept.read.shape) if d_out is None else d_out.contiguous()
     d_weights = None if d_weights is None else d_weights.contiguous()
 
     # C'. Derivative of the table after each chunk, in place in one table, from the last chunk to the first.
-    later = q.new_zeros(values_shape) if d_values is None else d_values.clone(memory_format=torch.contiguous_format)
+    touched = None
+    if d_values is not None:
+        later = d_values.clone(memory_format=torch.contiguous_format)
+    elif needs_values:
+        later = q.new_zeros(values_shape)
+    else:
+        later = q.new_empty(values_shape)
+        touched = torch.zeros(values_shape[:-1], dtype=torch.int8, device=q.device)
     group_of, factors = _by_access(kept, values_shape[1], o)
-    groups = Groups(kept.order, kept.row, kept.first, kept.count)
-    d_read = q.new_empty(n_memories, chunks[0].n_queries, values_shape[-1])
     d_v = torch.zeros_like(v)
     d_pair_weight = torch.empty_like(kept.pair_weight)
     d_half = torch.empty_like(kept.measures)
-    d_q = torch.empty_like(q)
-    coefficients, later_coefficients = torch.empty_like(d_half), torch.zeros_like(d_half)
-    directions, tangents = torch.empty_like(d_half), torch.empty_like(d_half)
-    mean_tangent = q.new_zeros(n_memories, 2, n_subkeys)
-    parts = _parts(chunks, QUERIES_PER_MEETING)
-    found = uses(kept.indices, mean_tangent, (_merged(parts[0]) if still else chunks[0]).n_queries)
-    d_keys = q.new_zeros(keys_shape) if d_keys is None else d_keys.clone(memory_format=torch.contiguous_format)
-    side = SideStream(q.device, beside=len(chunks) > 1 and is_captured(q.device))
-    for part in reversed(parts):
-        for at in reversed(part):
-            chunk_backward(
-                later, kept.overwritten, kept.slots, group_of, factors, kept.weights, kept.pairs, kept.read, v,
-                kept.pair_weight, d_out, d_weights, o.temperature, d_read, d_v, d_pair_weight, d_half, at, o.lookahead,
-                n_heads,
-            )  # fmt: skip
-            if at.start > 0 or needs_values:
-                add_rows(later, d_read, kept.weights, groups, at)
+    value_chain_backward(
+        later, touched, kept.overwritten, kept.slots, group_of, factors, kept.weights, kept.pairs,
+        Groups(kept.order, kept.row, kept.first, kept.count), kept.read, v, kept.pair_weight, d_out, d_weights,
+        o.temperature, d_v, d_pair_weight, d_half, o.chunk_size, o.lookahead, needs_values=needs_values,
+    )  # fmt: skip
 
-        # A'. Derivative of the keys after each chunk; the last chunk's step matters only to the keys that go on.
-        side.wait()
-        with side.run():
-            # Keys that stand still are the same for all chunks.
-            for at in [_merged(part)] if still else reversed(part):
-                here = 0 if still else at.start // o.chunk_size
-                keys = kept.keys[here]
-                if still:
-                    # Only for the lists: who names which sub-key.
-                    mean_use(kept.indices, kept.probabilities, found, mean_tangent, at)
-                else:
-                    key_direction(
-                        q, keys, d_keys, kept.indices, kept.measures, kept.probabilities, directions, tangents, at,
-                        o.score,
-                    )  # fmt: skip
-                    mean_use(kept.indices, tangents, found, mean_tangent, at)
-                key_gradients(
-                    q, keys, None if still else d_keys, kept.indices, kept.measures, kept.probabilities, directions,
-                    tangents, d_half, kept.mean[here], mean_tangent, d_q, coefficients, later_coefficients, at,
-                    o.score, o.lr, o.address_weight,
-                )  # fmt: skip
-                if at.start > 0 or needs_keys:
-                    key_step_backward(q, keys, coefficients, later_coefficients, found, d_keys, d_keys, at, o.score)
-    side.join()
+    # A'. Derivative of the keys after each chunk; the last chunk's step matters only to the keys that go on.
+    d_q = torch.empty_like(q)
+    d_keys = q.new_zeros(keys_shape) if d_keys is None else d_keys.clone(memory_format=torch.contiguous_format)
+    key_chain_backward(
+        q, kept.keys, d_keys, kept.indices, kept.measures, kept.probabilities, d_half, kept.mean, d_q, o.chunk_size,
+        o.score, o.lr, o.address_weight, needs_keys=needs_keys,
+    )  # fmt: skip
     return d_q, d_v, d_pair_weight, d_keys if needs_keys else None, later if needs_values else None
 
 

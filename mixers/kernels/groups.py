@@ -22,26 +22,20 @@ class Groups(NamedTuple):
     count: Tensor
 
 
-def group_accesses(slots: Tensor, n_slots: int, chunk_size: int, start: int = 0, end: int | None = None) -> Groups:
+def group_accesses(slots: Tensor, n_slots: int, chunk_size: int) -> Groups:
     """Group slots (M,R,T,J) int64 by one stable sort and two binary searches; no host synchronisation.
 
-    With ``start`` and ``end``: only the tokens start .. end of each sequence, whole chunks; positions and accesses
-    are counted as for the whole call. Bytes: 4 radix passes over 12 E (codes below 2^31) or 8 over 16 E.
+    Bytes: 4 radix passes over 12 E (codes below 2^31) or 8 over 16 E.
     """
     assert slots.numel() < 2**31, "accesses are counted in 32 bits"
-    n_memories, n_sequences, n_tokens, n_read = slots.shape
-    end = n_tokens if end is None else end
+    n_memories, _, n_tokens, _ = slots.shape
     n_rows = n_memories * n_slots
     device = slots.device
-    chunk = torch.arange(end - start, device=device).div(chunk_size, rounding_mode="floor") * n_rows
+    chunk = torch.arange(n_tokens, device=device).div(chunk_size, rounding_mode="floor") * n_rows
     memory = torch.arange(n_memories, device=device) * n_slots
-    codes = slots[:, :, start:end] + memory.view(-1, 1, 1, 1) + chunk.view(1, 1, -1, 1)
-    n_codes = -(-(end - start) // chunk_size) * n_rows
-    narrow = codes.flatten().to(torch.int32 if n_codes < 2**31 else torch.int64)
-    codes, order = torch.sort(narrow, stable=True)
+    codes = slots + memory.view(-1, 1, 1, 1) + chunk.view(1, 1, -1, 1)
+    n_codes = -(-n_tokens // chunk_size) * n_rows
+    codes, order = torch.sort(codes.flatten().to(torch.int32 if n_codes < 2**31 else torch.int64), stable=True)
     first = torch.searchsorted(codes, codes)
-    end_of = torch.searchsorted(codes, codes, right=True)
-    if end - start < n_tokens:
-        skipped = order.div((end - start) * n_read, rounding_mode="floor") * ((n_tokens - end + start) * n_read)
-        order = order + skipped + start * n_read
-    return Groups(order, codes.long() % n_rows, first + start * n_memories * n_sequences * n_read, end_of - first)
+    count = torch.searchsorted(codes, codes, right=True) - first
+    return Groups(order, codes.long() % n_rows, first, count)

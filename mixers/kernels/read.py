@@ -10,34 +10,30 @@ from mixers.kernels.chunk import Chunk, token_of
 from mixers.kernels.launch import launch
 
 
-@triton.jit(do_not_specialize=["n_table", "n_rows", "n_chunk", "n_tokens", "start", "lookahead"])
-def read_kernel(
-    table,  # (M,N,V)
-    slots,  # (M,R,T,J) int64
-    weights,  # (M,R,T,J)
-    v,  # (M,R,T,V), WRITE only
-    pair_weight,  # (M,R,T), WRITE only
-    out,  # out (M,R,T,V)
-    error,  # out (M,S,V), WRITE only
-    squared_error,  # out (M,R,T), WRITE only
-    n_table,
-    n_rows,
-    n_chunk,
-    n_tokens,
-    start,
-    lookahead,
-    N_READ: tl.constexpr,
-    VALUE: tl.constexpr,
-    WRITE: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    query = tl.program_id(0)
-    memory = tl.program_id(1)
+@triton.jit
+def read_token(
+    query, memory, table, slots, weights, v, pair_weight, out, error, squared_error,
+    n_table, n_rows, n_chunk, n_tokens, start, lookahead,
+    N_READ: tl.constexpr, VALUE: tl.constexpr, WRITE: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """out_t = sum_j w_tj table[slot_tj] of one query; with WRITE also what its pair will write.
+
+    error (M,S,V), scratch for one chunk: pair_weight_t (read_t - v_{t+L}), zero for the last L tokens of the chunk.
+    squared_error (M,R,T): pair_weight_t mean_V (read_t - v_{t+L})^2.
+
+    Bytes per token: J V table elements, scattered in rows of V; V out; with WRITE V of v in and V of errors out.
+    """
     token = token_of(query, memory, n_rows, n_chunk, n_tokens, start)
     v_index = tl.arange(0, BLOCK_V)
     inside = v_index < VALUE
     first_row = memory.to(tl.int64) * n_table
+    if WRITE:
+        # Asked for before the rows, which take longest.
+        writes = query % n_chunk + lookahead < n_chunk
+        # Not ``inside & writes``: of a block and a scalar some of triton's interpreters make no mask.
+        pair = v_index < tl.where(writes, VALUE, 0)
+        target = tl.load(v + (token + lookahead) * VALUE + v_index, pair, 0.0)
+        token_weight = tl.load(pair_weight + token)
     read = tl.zeros((BLOCK_V,), dtype=table.dtype.element_ty)
     for first in range(0, N_READ, BLOCK_J):
         j = first + tl.arange(0, BLOCK_J)
@@ -49,37 +45,32 @@ def read_kernel(
         read += tl.sum(weight[:, None] * rows, axis=0)
     tl.store(out + token * VALUE + v_index, read, inside)
     if WRITE:
-        writes = query % n_chunk + lookahead < n_chunk
-        # Not ``inside & writes``: of a block and a scalar some of triton's interpreters make no mask.
-        pair = v_index < tl.where(writes, VALUE, 0)
-        target = tl.load(v + (token + lookahead) * VALUE + v_index, pair, 0.0)
         difference = tl.where(pair, read - target, 0.0)
-        weight = tl.load(pair_weight + token)
         scratch = (memory.to(tl.int64) * n_rows * n_chunk + query) * VALUE
-        tl.store(error + scratch + v_index, weight * difference, inside)
-        tl.store(squared_error + token, weight * (tl.sum(difference * difference, axis=0) / VALUE))
+        tl.store(error + scratch + v_index, token_weight * difference, inside)
+        tl.store(squared_error + token, token_weight * (tl.sum(difference * difference, axis=0) / VALUE))
 
 
-def read_and_err(
-    table: Tensor,
-    slots: Tensor,
-    weights: Tensor,
-    v: Tensor,
-    pair_weight: Tensor,
-    out: Tensor,
-    error: Tensor,
-    squared_error: Tensor,
-    chunk: Chunk,
-    lookahead: int,
-) -> None:
-    """The chunk's part of ``out`` (M,R,T,V), read_t = sum_j w_tj table[slot_tj], and what its pairs will write.
-
-    error (M,S,V), scratch for one chunk: pair_weight_t (read_t - v_{t+L}), zero for the last L tokens of the chunk.
-    squared_error (M,R,T): pair_weight_t mean_V (read_t - v_{t+L})^2.
-
-    Bytes per token: J V table elements, scattered in rows of V; V of v in; 2 V out.
-    """
-    _launch(table, slots, weights, v, pair_weight, out, error, squared_error, chunk, lookahead, write=True)
+@triton.jit(do_not_specialize=["n_table", "n_rows", "n_chunk", "n_tokens", "start"])
+def read_kernel(
+    table,  # (M,N,V)
+    slots,  # (M,R,T,J) int64
+    weights,  # (M,R,T,J)
+    out,  # out (M,R,T,V)
+    n_table,
+    n_rows,
+    n_chunk,
+    n_tokens,
+    start,
+    N_READ: tl.constexpr,
+    VALUE: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    read_token(
+        tl.program_id(0), tl.program_id(1), table, slots, weights, out, weights, out, out, weights,
+        n_table, n_rows, n_chunk, n_tokens, start, 0, N_READ, VALUE, False, BLOCK_J, BLOCK_V,
+    )  # fmt: skip
 
 
 def read_rows(table: Tensor, slots: Tensor, weights: Tensor, out: Tensor, chunk: Chunk) -> None:
@@ -87,29 +78,14 @@ def read_rows(table: Tensor, slots: Tensor, weights: Tensor, out: Tensor, chunk:
 
     Bytes per token: J V table elements in, V out, 12 J of slots and weights.
     """
-    _launch(table, slots, weights, out, weights, out, out, weights, chunk, 0, write=False)
-
-
-def _launch(table, slots, weights, v, pair_weight, out, error, squared_error, chunk, lookahead, *, write) -> None:
     value_dim, n_read = table.shape[-1], slots.shape[-1]
     block_v = triton.next_power_of_2(value_dim)
     launch(
         read_kernel,
         (chunk.n_queries, chunk.n_memories),
-        table,
-        slots,
-        weights,
-        v,
-        pair_weight,
-        out,
-        error,
-        squared_error,
-        table.shape[1],
-        *chunk.sizes,
-        lookahead,
+        *(table, slots, weights, out, table.shape[1], *chunk.sizes),
         N_READ=n_read,
         VALUE=value_dim,
-        WRITE=write,
         BLOCK_J=rows_at_once(n_read, block_v),
         BLOCK_V=block_v,
         num_warps=4 if block_v >= 512 else 2 if block_v >= 256 else 1,

@@ -1,51 +1,47 @@
-"""Ranks of all sub-keys for each half of each query: what the k best are chosen by."""
+"""Ranks of all sub-keys for each half of each query, and the k best of them."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from mixers.kernels.chunk import Chunk, token_of
-from mixers.kernels.launch import launch
+from mixers.kernels.chunk import token_of
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_chunk", "n_tokens", "start"])
-def rank_subkeys_kernel(
-    q,  # (M,R,T,H,K)
-    keys,  # (M,H,2,n,K/2)
-    ranks,  # out (M,S,H,2,n)
-    n_rows,
-    n_chunk,
-    n_tokens,
-    start,
-    HEADS: tl.constexpr,
-    SUBKEYS: tl.constexpr,
-    HALF: tl.constexpr,
-    IDW: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    half_head = tl.program_id(2) % (2 * HEADS)
-    memory = tl.program_id(2) // (2 * HEADS)
+@triton.jit
+def rank_tile(
+    tile, q, keys, ranks, n_rows, n_chunk, n_tokens, start,
+    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, IDW: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Write one of the :func:`n_rank_tiles` tiles of a chunk's ``ranks`` (M,S,H,2,n): the higher, the nearer.
+
+    ``idw``: 2<q,key> - |key|^2, ``dot``: <q,key>, both from three tf32 products, accurate to about 2^-21 of |q| |key|.
+
+    Bytes per chunk: M S H 2 n ranks out; q once per BLOCK_N sub-keys and the keys once per BLOCK_S queries (from the
+    L2 cache). 2 M S H n K operations, three times over on tensor cores.
+    """
     n_queries = n_rows * n_chunk
-    query = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    key_tiles: tl.constexpr = (SUBKEYS + BLOCK_N - 1) // BLOCK_N
+    query_tiles = tl.cdiv(n_queries, BLOCK_S)
+    table = tile // (key_tiles * query_tiles)
+    half_head = table % (2 * HEADS)
+    memory = table // (2 * HEADS)
+    query = tile // key_tiles % query_tiles * BLOCK_S + tl.arange(0, BLOCK_S)
     exists = query < n_queries
-    token = token_of(query, memory, n_rows, n_chunk, n_tokens, start)
-    q_row = token * (2 * HEADS) + half_head
-    subkey = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    q_row = token_of(query, memory, n_rows, n_chunk, n_tokens, start) * (2 * HEADS) + half_head
+    subkey = tile % key_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     real = subkey < SUBKEYS
-    table = tl.program_id(2).to(tl.int64) * SUBKEYS
+    key_row = table.to(tl.int64) * SUBKEYS + subkey
     dtype = q.dtype.element_ty
 
     rank = tl.zeros((BLOCK_S, BLOCK_N), dtype=dtype)
     squares = tl.zeros((BLOCK_N, BLOCK_D), dtype=dtype)
-    for first in range(0, HALF, BLOCK_D):
+    for first in tl.range(0, HALF, BLOCK_D, num_stages=STAGES):
         d = first + tl.arange(0, BLOCK_D)
         inside = d < HALF
         q_tile = tl.load(q + q_row[:, None] * HALF + d[None, :], exists[:, None] & inside[None, :], 0.0)
-        key_tile = tl.load(keys + (table + subkey)[:, None] * HALF + d[None, :], real[:, None] & inside[None, :], 0.0)
+        key_tile = tl.load(keys + key_row[:, None] * HALF + d[None, :], real[:, None] & inside[None, :], 0.0)
         if IDW:
             squares += key_tile * key_tile
         rank = tl.dot(q_tile, tl.trans(key_tile), rank, input_precision="tf32x3", out_dtype=dtype)
@@ -56,35 +52,58 @@ def rank_subkeys_kernel(
     tl.store(ranks + row[:, None] * SUBKEYS + subkey[None, :], rank, exists[:, None] & real[None, :])
 
 
-def rank_subkeys(q: Tensor, keys: Tensor, ranks: Tensor, chunk: Chunk, score: str) -> None:
-    """Write the rank of every sub-key for the chunk's queries, ``ranks`` (M,S,H,2,n), scratch: the higher, the nearer.
+@triton.jit
+def n_rank_tiles(
+    n_memories, n_queries, HEADS: tl.constexpr, SUBKEYS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Tiles of BLOCK_S queries and BLOCK_N sub-keys of all memories, heads and halves."""
+    return n_memories * (2 * HEADS) * tl.cdiv(n_queries, BLOCK_S) * ((SUBKEYS + BLOCK_N - 1) // BLOCK_N)
 
-    ``idw``: 2<q,key> - |key|^2, ``dot``: <q,key>, both from three tf32 products, accurate to about 2^-21 of |q| |key|.
 
-    Bytes per chunk: M S H 2 n ranks out; q once per BLOCK_N sub-keys and the keys once per BLOCK_S queries (from the
-    L2 cache). 2 M S H n K operations, three times over on tensor cores.
+def rank_tile_sizes(n_subkeys: int, block_d: int, shared_bytes: int) -> tuple[int, int, int]:
+    """Queries and sub-keys of a tile, and how many steps of ``block_d`` elements a program loads ahead: up to 6, as far
+    as its shared memory reaches, 8 KB of which other work takes."""
+    block_s, block_n = (64, 64) if n_subkeys > 32 else (32, max(16, triton.next_power_of_2(n_subkeys)))
+    n_steps = (shared_bytes - 8192) // (4 * (block_s + block_n) * block_d)
+    return block_s, block_n, max(1, min(6, n_steps))
+
+
+@triton.jit
+def in_order(x):
+    """Integers that compare as the floats x do, -0 as 0 and NaN as the largest."""
+    x = tl.where(x == x, x, float("inf")) + 0.0
+    if x.dtype.primitive_bitwidth == 64:
+        bits = x.to(tl.int64, bitcast=True)
+        return bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def without(order, gone):
+    """``order``, integers of :func:`in_order`, where ``gone`` below all that a float can be."""
+    if order.dtype.primitive_bitwidth == 64:
+        return tl.where(gone, -0x7FFFFFFFFFFFFFFF, order)
+    else:
+        return tl.where(gone, -0x7FFFFFFF, order)
+
+
+@triton.jit
+def choose_best(order, real, COUNT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Columns (rows, BLOCK_K) of the COUNT largest ``order`` of each row, best first; equal ones: the lowest column.
+
+    ``order`` (rows, columns): of :func:`in_order`; ``real`` (columns,). Two maxima of integers for each column found,
+    which a warp does in one instruction each.
     """
-    n_memories, n_heads, _, n_subkeys, half_dim = keys.shape
-    block_s, block_n, num_warps = rank_tile(chunk, n_heads, n_subkeys)
-    launch(
-        rank_subkeys_kernel,
-        (triton.cdiv(chunk.n_queries, block_s), triton.cdiv(n_subkeys, block_n), n_memories * n_heads * 2),
-        *(q, keys, ranks, *chunk.sizes),
-        HEADS=n_heads,
-        SUBKEYS=n_subkeys,
-        HALF=half_dim,
-        IDW=score == "idw",
-        BLOCK_S=block_s,
-        BLOCK_N=block_n,
-        BLOCK_D=32 if half_dim > 16 else 16,
-        num_warps=num_warps,
-        num_stages=3,
-    )
-
-
-def rank_tile(chunk: Chunk, n_heads: int, n_subkeys: int) -> tuple[int, int, int]:
-    """Queries and sub-keys of a tile, and its warps: tensor cores like 64 x 128, but a small chunk needs programs."""
-    n_rows = chunk.n_memories * chunk.n_queries * n_heads * 2
-    if n_subkeys <= 32:
-        return 32, max(16, triton.next_power_of_2(n_subkeys)), 4
-    return (64, 128, 4) if n_rows * n_subkeys >= 2**21 and n_subkeys > 64 else (32, 64, 4)
+    columns: tl.constexpr = order.shape[1]
+    column = tl.arange(0, columns)
+    place = tl.arange(0, BLOCK_K)
+    order = without(order, tl.broadcast_to((real == 0)[None, :], order.shape))
+    best = tl.zeros((order.shape[0], BLOCK_K), dtype=tl.int32)
+    for j in range(COUNT):
+        highest = tl.max(order, axis=1)
+        top = tl.min(tl.where(order == highest[:, None], column[None, :], columns - 1), axis=1)
+        best = tl.where(place[None, :] == j, top[:, None], best)
+        order = without(order, column[None, :] == top[:, None])
+    return best

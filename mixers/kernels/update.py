@@ -18,110 +18,128 @@ def scratch_row(access, n_chunk, n_tokens, start, N_READ: tl.constexpr):
     return (token // n_tokens * n_chunk + (token % n_tokens - start)).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["first_position", "n_chunk", "n_tokens", "start", "n_table"])
+@triton.jit
+def step_positions(
+    position, end, table, source, weights, scale, order, row, first_of, count_of, overwritten, touched,
+    n_chunk, n_tokens, start, n_table,
+    N_READ: tl.constexpr, VALUE: tl.constexpr, MEAN: tl.constexpr, KEEP: tl.constexpr, TOUCH: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """table_u += sum over the chunk's accesses (t,j) -> u of w_tj source_t for the groups that start at ``position``.
+
+    position (BLOCK_G,) int64, below ``end``: most positions start a group, of one access. With MEAN the sum is
+    multiplied by scale_m / cnt_u; with KEEP the old row goes to row ``position`` of ``overwritten``. With TOUCH a row
+    counts as 0 until ``touched`` (M*N,) says that it was written, which is said then.
+
+    Bytes per access: V of source (from the L2 cache), and per touched row V read, V written, with KEEP V kept. A row's
+    accesses are summed by one program, BLOCK_E at a time: a slot read by all tokens of a chunk takes S / BLOCK_E steps.
+    """
+    exists = position < end
+    # Asked for together, before it is known which positions start a group: one wait instead of three.
+    starts = exists & (tl.load(first_of + position, exists, -1) == position)
+    count = tl.load(count_of + position, exists, 0)
+    target = tl.load(row + position, exists, 0)
+    access = tl.load(order + position, exists, 0)
+    weight = tl.load(weights + access, exists, 0.0)
+    if MEAN:
+        rate = tl.load(scale + target // n_table, exists, 0.0) / tl.maximum(count, 1).to(weight.dtype)
+    n_most = tl.max(tl.where(starts, count, 0), axis=0)
+    written = starts
+    if TOUCH:
+        written = starts & (tl.load(touched + target, starts, 0) != 0)
+    for first in range(0, VALUE, BLOCK_V):
+        v_index = first + tl.arange(0, BLOCK_V)
+        inside = starts[:, None] & (v_index < VALUE)[None, :]
+        old = tl.load(table + target[:, None] * VALUE + v_index[None, :], inside & written[:, None], 0.0)
+        scratch = scratch_row(access, n_chunk, n_tokens, start, N_READ)
+        step = weight[:, None] * tl.load(source + scratch[:, None] * VALUE + v_index[None, :], inside, 0.0)
+        if n_most > 1:
+            # The rest of each group, BLOCK_E accesses of each at a time, one row of the tile for each.
+            flat = tl.arange(0, BLOCK_G * BLOCK_E)
+            of_group = flat // BLOCK_E
+            flat_position = tl.min(position, axis=0) + of_group
+            flat_exists = flat_position < end
+            begins = flat_exists & (tl.load(first_of + flat_position, flat_exists, -1) == flat_position)
+            n_listed = tl.where(begins, tl.load(count_of + flat_position, flat_exists, 0), 0)
+            done = 1
+            while done < n_most:
+                e = done + flat % BLOCK_E
+                listed = e < n_listed
+                accesses = tl.load(order + flat_position + e, listed, 0)
+                more = tl.load(weights + accesses, listed, 0.0)
+                scratches = scratch_row(accesses, n_chunk, n_tokens, start, N_READ)
+                rows = tl.load(
+                    source + scratches[:, None] * VALUE + v_index[None, :],
+                    listed[:, None] & (v_index < VALUE)[None, :],
+                    0.0,
+                )
+                step += tl.sum(tl.reshape(more[:, None] * rows, (BLOCK_G, BLOCK_E, BLOCK_V)), axis=1)
+                done += BLOCK_E
+        if MEAN:
+            step = step * rate[:, None]
+        if KEEP:
+            tl.store(overwritten + position[:, None] * VALUE + v_index[None, :], old, inside)
+        tl.store(table + target[:, None] * VALUE + v_index[None, :], old + step, inside)
+    if TOUCH:
+        # All threads have loaded before one stores.
+        tl.debug_barrier()
+        tl.store(touched + target, tl.full(target.shape, 1, dtype=tl.int8), starts)
+
+
+@triton.jit(do_not_specialize=["first_position", "end_position", "n_chunk", "n_tokens", "start", "n_table"])
 def update_kernel(
     table,  # in and out (M*N,V)
     source,  # (M,S,V)
     weights,  # (E,)
-    scale,  # (M,), MEAN only
     order,
     row,
     first_of,
     count_of,  # (E,) each
-    overwritten,  # out (E,V), KEEP only
     first_position,
+    end_position,
     n_chunk,
     n_tokens,
     start,
     n_table,
     N_READ: tl.constexpr,
     VALUE: tl.constexpr,
-    MEAN: tl.constexpr,
-    KEEP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    position = first_position + tl.program_id(0).to(tl.int64)
-    # Asked for together, before it is known whether this program has a row: one wait instead of three.
-    first = tl.load(first_of + position)
-    count = tl.load(count_of + position)
-    target = tl.load(row + position)
-    access = tl.load(order + position)
-    if first == position:
-        v_index = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-        inside = v_index < VALUE
-        old = tl.load(table + target * VALUE + v_index, inside, 0.0)
-        # Most rows are touched once.
-        weight = tl.load(weights + access)
-        scratch = scratch_row(access, n_chunk, n_tokens, start, N_READ)
-        step = weight * tl.load(source + scratch * VALUE + v_index, inside, 0.0)
-        done = 1
-        while done < count:
-            e = done + tl.arange(0, BLOCK_E)
-            accesses = tl.load(order + position + e, e < count, 0)
-            more = tl.load(weights + accesses, e < count, 0.0)
-            scratches = scratch_row(accesses, n_chunk, n_tokens, start, N_READ)
-            rows = tl.load(
-                source + scratches[:, None] * VALUE + v_index[None, :], (e < count)[:, None] & inside[None, :], 0.0
-            )
-            step += tl.sum(more[:, None] * rows, axis=0)
-            done += BLOCK_E
-        if MEAN:
-            step = step * (tl.load(scale + target // n_table) / count.to(step.dtype))
-        if KEEP:
-            tl.store(overwritten + position * VALUE + v_index, old, inside)
-        tl.store(table + target * VALUE + v_index, old + step, inside)
-
-
-def step_rows(
-    table: Tensor,
-    error: Tensor,
-    weights: Tensor,
-    scale: Tensor,
-    groups: Groups,
-    overwritten: Tensor | None,
-    chunk: Chunk,
-) -> None:
-    """table_u += scale_m / cnt_u * sum over the chunk's accesses (t,j) -> u of w_tj error_t, in place.
-
-    table (M,N,V), error (M,S,V), weights (M,R,T,J), scale (M,). ``overwritten`` (E,V): where given, row p receives
-    the old row of the group that starts at position p; other rows of it are not written.
-
-    Bytes per access: V of error (from the L2 cache), and per touched row V read, V written, V kept. A row's accesses
-    are summed by one program, BLOCK_E at a time: a slot read by all tokens of a chunk takes S / BLOCK_E steps in a row.
-    """
-    _launch(table, error, weights, scale, groups, overwritten, chunk, mean=True)
+    position = first_position + tl.program_id(0).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
+    step_positions(
+        position, end_position, table, source, weights, weights, order, row, first_of, count_of, table, table,
+        n_chunk, n_tokens, start, n_table, N_READ, VALUE, False, False, False, BLOCK_G, BLOCK_E, BLOCK_V,
+    )  # fmt: skip
 
 
 def add_rows(table: Tensor, source: Tensor, weights: Tensor, groups: Groups, chunk: Chunk) -> None:
-    """table_u += sum over the chunk's accesses (t,j) -> u of w_tj source_t, in place: the transpose of the read."""
-    _launch(table, source, weights, weights, groups, None, chunk, mean=False)
+    """table_u += sum over the chunk's accesses (t,j) -> u of w_tj source_t, in place: the transpose of the read.
 
-
-def _launch(table, source, weights, scale, groups, overwritten, chunk, *, mean) -> None:
+    table (M,N,V), source (M,S,V), weights (M,R,T,J).
+    """
     value_dim, n_read = table.shape[-1], weights.shape[-1]
     n_sequences = chunk.n_memories * chunk.n_rows
+    first = chunk.start * n_sequences * n_read
+    n_positions = n_sequences * chunk.n_chunk * n_read
     block_v = min(512, triton.next_power_of_2(value_dim))
-    grid = (n_sequences * chunk.n_chunk * n_read, triton.cdiv(value_dim, block_v))
+    block_g = 1
     launch(
         update_kernel,
-        grid,
-        table,
-        source,
-        weights,
-        scale,
-        *groups,
-        table if overwritten is None else overwritten,
-        chunk.start * n_sequences * n_read,
-        chunk.n_chunk,
-        chunk.n_tokens,
-        chunk.start,
-        table.shape[1],
+        (triton.cdiv(n_positions, block_g),),
+        *(table, source, weights, *groups, first, first + n_positions),
+        *(chunk.n_chunk, chunk.n_tokens, chunk.start, table.shape[1]),
         N_READ=n_read,
         VALUE=value_dim,
-        MEAN=mean,
-        KEEP=overwritten is not None,
+        BLOCK_G=block_g,
         BLOCK_E=4,
         BLOCK_V=block_v,
         num_warps=4 if block_v >= 512 else 2 if block_v >= 256 else 1,
     )
+
+
+def update_tile_sizes(value_dim: int) -> tuple[int, int, int]:
+    """Positions that a program of four warps steps together, accesses of each at a time, elements of a row."""
+    block_v = min(512, triton.next_power_of_2(value_dim))
+    return max(1, min(8, 2048 // block_v)), 2, block_v

@@ -136,20 +136,29 @@ def test_what_is_on_screen_is_saved(store: Store, dashboard: str, watched: Watch
 def test_a_mixer_shows_its_contract_costs_and_runs(store: Store, dashboard: str, watched: Watched) -> None:
     page = open_page(watched, f"{dashboard}/mixers?name=fwpkm")
     assert "mixlab check fwpkm --json > RUNS/checks/fwpkm.json" in page.locator("#contract").inner_text()
-    assert "mixlab bench fwpkm" in page.locator("#bench").inner_text()
+    assert "mixlab bench mixers fwpkm --json" in page.locator("#bench").inner_text()
     assert page.locator("#runs tbody tr").count() >= 3
     checks = [{"name": "causality", "status": "failed", "message": "<img src=x onerror='window.pwned=1'> at token 3"}]
     (store.runs / "checks").mkdir()
     (store.runs / "checks" / "all.json").write_text(json.dumps([{"name": "fwpkm", "ok": False, "checks": checks}]))
     (store.runs / "checks" / "torn.json").write_text('[{"name": "fwp')
     (store.runs / "bench").mkdir()
-    row = {"mixer": "fwpkm", "scene": "prefill", "n_tokens": 512, "tokens_per_s": 123456.7}
-    (store.runs / "bench" / "b.json").write_text(json.dumps({"rows": [row]}))
+    rows = [
+        {"label": label, "scene": "prefill", "tokens": tokens, "status": "measured", "seconds": 1e-4 * tokens}
+        for label in ("fwpkm(top_k=4)", "fwpkm + unseen_mixer", "<b>fwpkm</b>(")
+        for tokens in (512, 2048, 8192)
+    ]
+    growth = [{"label": "fwpkm(top_k=4)", "cost": "prefill_seconds", "exponent": 1.0, "low": 0.9, "high": 1.1}]
+    (store.runs / "bench" / "b.json").write_text(json.dumps({"rows": rows, "growth": growth}))
     page.reload()
     page.wait_for_selector("#plot .points path", state="attached")
     assert "breaks the contract" in page.locator("#contract").inner_text()
     assert "<img src=x" in page.locator("#contract").inner_text()
-    assert "123,456" in page.locator("#bench").inner_text() or "1.235e" in page.locator("#bench").inner_text()
+    assert "prefill seconds grows as T^1 [0.9, 1.1]" in page.locator("#bench").inner_text()
+    assert page.evaluate("document.getElementById('bench-plot').data.map((t) => [t.x, t.y])") == [
+        [[512, 2048, 8192], [512e-4, 2048e-4, 8192e-4]]
+    ]
+    assert "unseen_mixer" not in page.content()
     page.select_option("#y", "cost/flops_per_token")
     assert "y=cost%2Fflops_per_token" in page.url
     page.click("#runs a >> nth=0")

@@ -161,7 +161,7 @@ def test_cost_over_length_comes_from_a_benchmark_or_from_the_measured_growth(tmp
             {"scene": scene, "label": "softmax", "tokens": n, "status": status, "seconds": n * 1e-6, "peak_bytes": None}
             | {"seconds_min": n * 0.9e-6, "seconds_max": n * 1.1e-6}
             for scene in ("prefill", "decode", "train")
-            for n, status in ((64, "ok"), (128, "ok"), (256, "failed"))
+            for n, status in ((64, "measured"), (128, "measured"), (256, "failed"))
         ],
     }
     measured = FIGURES["cost_growth"](FigureData(of.saved, of.lines, of.found, bench=bench))

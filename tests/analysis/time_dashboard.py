@@ -102,9 +102,14 @@ def measure(folder: Path, repeats: int) -> dict[str, Any]:
                 page.goto(f"{address}/{path}")
                 page.wait_for_selector("#plot .points path", state="attached", timeout=120_000)
                 page.wait_for_selector("#findings details", state="attached", timeout=120_000)
+                # beside the time that passes, the processor's: what other work on the machine does not lengthen
+                protocol = page.context.new_cdp_session(page)
+                protocol.send("Performance.enable", {"timeDomain": "threadTicks"})
                 for action, code in ACTIONS.items():
+                    before = _busy_s(protocol)
                     times = [page.evaluate(f"({PAINTED})({code})") for _ in range(repeats)]
                     found[f"{title}: {action}, ms"] = statistics.median(times)
+                    found[f"{title}: {action}, ms of processor"] = 1000 * (_busy_s(protocol) - before) / repeats
                 found[f"{title}: points"] = page.evaluate("document.querySelectorAll('#plot .points path').length")
                 page.close()
             browser.close()
@@ -113,6 +118,11 @@ def measure(folder: Path, repeats: int) -> dict[str, Any]:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
     return found
+
+
+def _busy_s(protocol: Any) -> float:
+    metrics = protocol.send("Performance.getMetrics")["metrics"]
+    return next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
 
 
 def _median(measured: Any, repeats: int) -> float:

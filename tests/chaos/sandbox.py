@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -236,7 +237,7 @@ class Sandbox:
         """From each fault to the next start of a run, where one came before the next fault."""
         starts = [at for d in self.drivers for at, e in d.events if e["event"] == "run_started"]
         found = []
-        for at, following in zip(self.faults_at, [*self.faults_at[1:], float("inf")], strict=True):
+        for at, following in itertools.pairwise([*self.faults_at, math.inf]):
             after = [start for start in starts if at < start <= following]
             found += [min(after) - at] if after else []
         return found

@@ -185,7 +185,8 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest
         bench.main(["softmax", *TINY, str(file)], standalone_mode=False)
     found = json.loads(file.read_text())
     assert found["interrupted"]
-    assert {(row["scene"], row["tokens"]) for row in found["rows"]} == {("prefill", 16), ("decode", 16)}
+    assert {(row["scene"], row["tokens"]) for row in found["rows"]} == {("train", 16), ("prefill", 16), ("decode", 16)}
+    assert len(found["kernels"]) == 2
 
 
 @pytest.mark.parametrize("backward", [False, True])

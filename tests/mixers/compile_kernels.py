@@ -17,7 +17,7 @@ from mixers.kernels.chunk import Chunk
 from mixers.kernels.groups import Groups
 
 TARGET = GPUTarget("cuda", 90, 32)
-TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32"}
+TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8"}
 
 
 class Recorder:
@@ -30,7 +30,9 @@ class Recorder:
         assert all(size > 0 for size in grid), grid
         return self.compile
 
-    def compile(self, *args, num_warps=4, num_stages=3, **constants) -> None:
+    def compile(
+        self, *args, num_warps=4, num_stages=3, launch_cooperative_grid=False, maxnreg=None, **constants
+    ) -> None:
         names = [name for name in self.kernel.arg_names if name not in constants]
         assert len(names) == len(args), (self.name, names)
         signature = {name: _type_of(value) for name, value in zip(names, args, strict=True)}
@@ -44,7 +46,12 @@ class Recorder:
         compiled = triton.compile(
             ASTSource(fn=self.kernel, signature=ordered, constexprs=constants, attrs=attributes),
             target=TARGET,
-            options={"num_warps": num_warps, "num_stages": num_stages},
+            options={
+                "num_warps": num_warps,
+                "num_stages": num_stages,
+                "launch_cooperative_grid": launch_cooperative_grid,
+                "maxnreg": maxnreg,
+            },
         )
         assert compiled.asm["cubin"]
         assert compiled.metadata.shared <= 227 * 1024, (self.name, compiled.metadata.shared)
@@ -61,9 +68,18 @@ def _type_of(value) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def launch_all(heads: int, top_k: int, n: int, key_dim: int, value_dim: int, score: str) -> None:
+def launch_all(heads: int, top_k: int, n: int, key_dim: int, value_dim: int, score: str, address_weight: float) -> None:
     """Every launcher of the fast-weight and the static memory, once."""
-    from mixers.kernels import address, key_backward, key_step, read, read_backward, row_dots, select, update, use
+    from mixers.kernels import (
+        address,
+        key_chain,
+        key_chain_backward,
+        read,
+        row_dots,
+        update,
+        value_chain,
+        value_chain_backward,
+    )
 
     def real(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, device="meta")
@@ -71,68 +87,54 @@ def launch_all(heads: int, top_k: int, n: int, key_dim: int, value_dim: int, sco
     def whole(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.empty(*shape, device="meta", dtype=dtype)
 
-    chunk = Chunk(1, 8, 4096, 512, 512)
     tokens, reads = (1, 8, 4096), heads * top_k
     n_accesses = 8 * 4096 * reads
-    q, keys = real(*tokens, heads, key_dim), real(1, heads, 2, n, key_dim // 2)
+    q, keys = real(*tokens, heads, key_dim), real(9, 1, heads, 2, n, key_dim // 2)
     table, row = real(1, n * n, value_dim), real(*tokens, value_dim)
     listed, joint = real(*tokens, heads, 2, top_k), real(*tokens, reads)
     indices, pairs = whole(*listed.shape, dtype=torch.int32), whole(*joint.shape, dtype=torch.int32)
-    slots, scratch, each = whole(*joint.shape), real(1, 4096, value_dim), real(*tokens)
-    mean, accesses = real(1, 2, n), whole(n_accesses)
-    groups = Groups(accesses, accesses, accesses, accesses)
-    ranks = real(1, 4096, heads, 2, n)
-    found = use.uses(indices, mean, 4096)
-    select.rank_subkeys(q, keys, ranks, chunk, score)
-    for together in (True, False):
-        address.address(
-            q, keys, ranks, indices, listed, listed, pairs, slots, joint, chunk, score, 1.0, joint=together
-        )  # fmt: skip
-    use.mean_use(indices, listed, found, mean, chunk)
-    key_step.descend_entropy(q, keys, indices, listed, listed, mean, found, keys, chunk, score, 1.0, 1.0)
-    key_step.key_step_backward(q, keys, listed, listed, found, keys, keys, chunk, score)
-    read.read_and_err(table, slots, joint, row, each, row, scratch, each, chunk, 1)
+    slots, each = whole(*joint.shape), real(*tokens)
+    mean, accesses = real(8, 1, 2, n), whole(n_accesses)
+    groups, kept = Groups(accesses, accesses, accesses, accesses), real(n_accesses, value_dim)
+    key_chain.key_chain(q, keys, indices, listed, listed, mean, 512, score, 1.0, address_weight)
+    key_chain_backward.key_chain_backward(
+        q, keys, keys[0], indices, listed, listed, listed, mean, q, 512, score, 1.0, address_weight, needs_keys=True
+    )  # fmt: skip
+    address.combine(indices, listed, pairs, slots, joint, n, score, 1.0)
+    # With the smallest sizes the variants for a prefill and for tables that go on.
+    is_small = n < 64
+    value_chain.value_chain(
+        table, slots, joint, row, each, real(8, 1), groups, row, each, None if is_small else kept, 512, 1
+    )  # fmt: skip
+    value_chain_backward.value_chain_backward(
+        table, None if is_small else whole(n * n, dtype=torch.int8), kept, slots, accesses, real(n_accesses), joint,
+        pairs, groups, row, row, each, row, joint if is_small else None, 1.0, row, each, listed, 512, 1,
+        needs_values=is_small,
+    )  # fmt: skip
+    chunk = Chunk(1, 8, 4096, 0, 4096)
     read.read_rows(table, slots, joint, row, chunk)
     row_dots.row_dots(table, slots, row, joint, chunk)
-    kept = real(n_accesses, value_dim)
-    update.step_rows(table, scratch, joint, real(1), groups, kept, chunk)
-    update.add_rows(table, scratch, joint, groups, chunk)
-    for d_weights in (None, joint):
-        read_backward.chunk_backward(
-            table, kept, slots, accesses, real(n_accesses), joint, pairs, row, row, each, row, d_weights, 1.0, scratch,
-            row, each, listed, chunk, 1, heads,
-        )  # fmt: skip
-    for together in (True, False):
-        read_backward.weights_backward(
-            table, slots, joint, pairs, row, 1.0, listed, chunk, heads, joint=together
-        )  # fmt: skip
-    key_backward.key_direction(q, keys, keys, indices, listed, listed, listed, listed, chunk, score)
-    for later in (None, keys):
-        key_backward.key_gradients(
-            q, keys, later, indices, listed, listed, listed, listed, listed, mean, mean, q, listed, listed, chunk,
-            score, 1.0, 1.0,
-        )  # fmt: skip
+    update.add_rows(table, row, joint, groups, chunk)
 
 
 def main() -> None:
     for module in (
         "address",
-        "key_backward",
-        "key_step",
+        "key_chain",
+        "key_chain_backward",
         "read",
-        "read_backward",
         "row_dots",
-        "select",
         "update",
-        "use",
+        "value_chain",
+        "value_chain_backward",
     ):
         place = importlib.import_module(f"mixers.kernels.{module}")
         for name, value in list(vars(place).items()):
             if name.endswith("_kernel") and isinstance(value, triton.JITFunction):
                 setattr(place, name, Recorder(value))
-    launch_all(heads=1, top_k=8, n=512, key_dim=512, value_dim=512, score="idw")
-    launch_all(heads=2, top_k=3, n=33, key_dim=6, value_dim=5, score="idw")
-    launch_all(heads=4, top_k=32, n=128, key_dim=64, value_dim=96, score="dot")
+    launch_all(heads=1, top_k=8, n=512, key_dim=512, value_dim=512, score="idw", address_weight=1.0)
+    launch_all(heads=2, top_k=3, n=33, key_dim=6, value_dim=5, score="dot", address_weight=1.0)
+    launch_all(heads=2, top_k=3, n=33, key_dim=6, value_dim=5, score="idw", address_weight=0.0)
     print(f"{len(DONE)} kernels")
 
 

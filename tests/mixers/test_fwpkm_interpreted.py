@@ -20,7 +20,7 @@ def test_random_configurations() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-k", "triton or several_parts", "tests/mixers/test_fwpkm_random.py",
+        [sys.executable, "-m", "pytest", "-k", "triton or long_lists", "tests/mixers/test_fwpkm_random.py",
          "tests/mixers/test_key_step_kernels.py"],
         cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip

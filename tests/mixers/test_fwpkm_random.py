@@ -65,7 +65,7 @@ def test_float32() -> None:
 
 @IN_INTERPRETER
 def test_triton_float64() -> None:
-    @settings(max_examples=10, **USUAL)
+    @settings(max_examples=6, **USUAL)
     @given(configurations(max_tokens=6, refused=random_memory.TRITON_REFUSES))
     def compare(c: Configuration) -> None:
         if margin(c) < random_memory.SAFE[torch.float64]:

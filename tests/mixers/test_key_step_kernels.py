@@ -1,4 +1,4 @@
-"""A chunk's use of the sub-keys and the step of the keys, in several parts, against dense sums in float64."""
+"""The chain of the keys with lists longer than a tile, against dense sums in float64."""
 
 from __future__ import annotations
 
@@ -12,46 +12,44 @@ if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("heads", [1, 2])
-def test_several_parts(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixers.kernels import key_step, use
-    from mixers.kernels.chunk import Chunk
+@pytest.mark.parametrize("score", ["idw", "dot"])
+def test_long_lists(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixers.kernels import key_chain
+    from mixers.kernels.key_step import ENTROPY_EPS, StepTiles
+    from mixers.product_keys import IDW_EPS
 
-    monkeypatch.setattr(use, "QUERIES_PER_PART", 14)
-    monkeypatch.setattr(use, "BLOCK_S", 8)
-    generator = torch.Generator().manual_seed(heads)
+    # Tiles smaller than what they are used for: several lists, queries and accesses one after the other.
+    monkeypatch.setattr(key_chain, "list_tile_sizes", lambda n_queries: (4, 16))
+    monkeypatch.setattr(key_chain, "step_tiles", lambda half_dim, n_subkeys: StepTiles(2, 4, 2, 2, 2))
+    generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE)
 
-    n_rows, n_tokens, n_chunk, key_dim, n, k = 4, 12, 10, 6, 37, 3
-    chunk, inside = Chunk(1, n_rows, n_tokens, 2, n_chunk), slice(2, 12)
-    listed = (1, n_rows, n_tokens, heads, 2)
-    q, keys = normal(1, n_rows, n_tokens, heads, key_dim), normal(1, heads, 2, n, key_dim // 2)
-    order = torch.rand(*listed, n, generator=generator)
-    # Sub-key 5 is listed by every query, so that one list takes several steps.
-    order[..., 5] = -1
-    indices = order.argsort(-1)[..., :k].int().contiguous().to(DEVICE)
-    x, y = normal(*listed, k), normal(*listed, k)
-    dense_x, dense_y = (
-        q.new_zeros(*listed, n).scatter(-1, indices.long(), part)[:, :, inside] for part in (x, y)
-    )  # fmt: skip
+    n_rows, n_tokens, n_chunk, heads, n, k = 4, 12, 10, 2, 7, 3
+    q, keys = normal(1, n_rows, n_tokens, heads, 6), normal(3, 1, heads, 2, n, 3)
+    # Sub-key 5 is near to all queries (or along all): it is listed by each of them.
+    q[..., [0, 3]] = 3.0
+    keys[0, ..., 5, :] = torch.tensor([3.0, 0, 0], dtype=keys.dtype)
+    listed = (1, n_rows, n_tokens, heads, 2, k)
+    indices = torch.zeros(listed, dtype=torch.int32, device=DEVICE)
+    measures, probabilities, mean = q.new_empty(listed), q.new_empty(listed), q.new_empty(2, 1, 2, n)
+    lr, weight = 0.7, 0.3
+    key_chain.key_chain(q, keys, indices, measures, probabilities, mean, n_chunk, score, lr, weight)
 
-    mean = q.new_zeros(1, 2, n)
-    found = use.uses(indices, mean, chunk.n_queries)
-    assert len(found.partial) == 3
-    for _ in range(2):  # the second call finds the counters as the first left them
-        use.mean_use(indices, x, found, mean, chunk)
-    want = dense_x.sum((1, 2, 3)) / (chunk.n_queries * heads)
-    assert (mean - want).abs().max().item() <= 1e-12
-
-    halves = q.view(1, n_rows, n_tokens, heads, 2, key_dim // 2)[:, :, inside]
-    pull = torch.einsum("mrthbn,mrthbd->mhbnd", dense_x, halves)
-    sums = dense_x.sum((1, 2)).unsqueeze(-1)
-    base, moved = normal(*keys.shape), torch.empty_like(keys)
-    for score in ("idw", "dot"):
-        key_step.key_step_backward(q, keys, x, y, found, base, moved, chunk, score)
-        want = base + pull
+    halves = q.view(1, n_rows, n_tokens, heads, 2, 3)
+    for chunk, inside in enumerate((slice(0, 10), slice(10, 12))):
+        now = keys[chunk].detach().clone().requires_grad_()
+        all_measures = torch.einsum("mrthbd,mhbnd->mrthbn", halves[:, :, inside], now)
         if score == "idw":
-            want = base * (1 + dense_y.sum((1, 2)).unsqueeze(-1)) + keys * sums - pull
-        assert (moved - want).abs().max().item() <= 1e-12, score
+            all_measures = (halves[:, :, inside].unsqueeze(-2) - now.unsqueeze(1).unsqueeze(1)).square().sum(-1)
+        scores = -(IDW_EPS + all_measures).log() if score == "idw" else all_measures
+        best = scores.topk(k, -1)
+        assert (best.indices == 5).any(-1).all()
+        assert torch.equal(best.indices.int(), indices[:, :, inside])
+        shares = best.values.softmax(-1)
+        assert (shares - probabilities[:, :, inside]).abs().max().item() <= 1e-12
+        used = torch.zeros_like(scores).scatter(-1, best.indices, shares).mean((1, 2, 3))
+        assert (used - mean[chunk]).abs().max().item() <= 1e-12
+        (weight * (used * (used + ENTROPY_EPS).log()).sum()).backward()
+        assert (now - lr * now.grad - keys[chunk + 1]).abs().max().item() <= 1e-12

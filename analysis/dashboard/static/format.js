@@ -34,6 +34,8 @@ mixlab.plotlyText = function (text) {
   return String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 };
 
+mixlab.clipped = function (text, nCharacters) { return text.length <= nCharacters ? text : text.slice(0, nCharacters - 1) + "…"; };
+
 // An element with attributes and children; strings become text, never markup.
 mixlab.element = function (tag, attributes, ...children) {
   const made = document.createElement(tag);

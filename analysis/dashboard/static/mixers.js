@@ -36,7 +36,6 @@
     drawContract();
     fillControls();
     draw();
-    drawBench();
     drawRuns();
     return mixlab.pace(false);
   }
@@ -97,19 +96,65 @@
     });
     byId("left-out").textContent = nLeftOut ? `${nLeftOut} arms and cells without a point on these axes.` : "";
     byId("plot").setAttribute("aria-label", `${y.label} against ${x.label}, listed in the table of runs below`);
+    drawBench();
   }
 
+  // Of `mixlab bench`: [scene, field of a row, label, unit]
+  const BENCHED = [["prefill", "seconds", "Prefill time (s)", ""], ["prefill", "tokens_per_s", "Prefill speed (tokens/s)", "count"], ["decode", "seconds", "Time of one token after T (s)", ""],
+    ["prefill", "state_bytes", "State after T tokens", "bytes"], ["prefill", "peak_bytes", "Peak memory of a prefill", "bytes"], ["train", "tokens_per_s", "Training speed (tokens/s)", "count"]];
+
   function drawBench() {
-    if (data.bench.length === 0) {
+    const { rows, growth } = data.bench;
+    byId("bench-controls").hidden = byId("bench-plot").hidden = rows.length === 0;
+    if (rows.length === 0) {
       return byId("bench").replaceChildren(e("p", {}, "No measurement is recorded. To make one, with RUNS the folder of the runs of this server: ",
-        e("code", {}, `mixlab bench ${data.name} --json RUNS/bench/${data.name}.json`)));
+        e("code", {}, `mixlab bench mixers ${data.name} --json RUNS/bench/${data.name}.json`)));
     }
-    const skip = new Set(["file", "made_ms", "name", "mixer"]);
-    const columns = [...new Set(data.bench.flatMap((row) => Object.keys(row)))].filter((column) => !skip.has(column) && data.bench.some((row) => ["number", "string", "boolean"].includes(typeof row[column])));
-    byId("bench").replaceChildren(e("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Benchmarks" }, e("table", {},
-      e("thead", {}, e("tr", {}, ...columns.map((column) => e("th", { scope: "col" }, column.replaceAll("_", " "))))),
-      e("tbody", {}, ...data.bench.slice(0, 200).map((row) => e("tr", {}, ...columns.map((column) => e("td", {}, shown(row[column])))))))),
-      e("p", { class: "quiet" }, `From ${[...new Set(data.bench.map((row) => row.file))].join(", ")}.`));
+    const there = BENCHED.filter(([scene, field]) => rows.some((row) => row.scene === scene && typeof row[field] === "number"));
+    byId("cost").replaceChildren(...there.map(([scene, field, label]) => new Option(label, `${scene} ${field}`)));
+    byId("cost").onchange = () => { view.set({ cost: byId("cost").value }); drawBenchPlot(there); };
+    drawBenchPlot(there);
+    const powers = growth.filter((row) => typeof row.exponent === "number").map((row) => {
+      const spread = typeof row.low === "number" && typeof row.high === "number" ? ` [${shown(row.low)}, ${shown(row.high)}]` : "";
+      return e("li", {}, `${row.label}: ${String(row.cost).replaceAll("_", " ")} grows as T^${shown(row.exponent)}${spread}`);
+    });
+    const columns = ["label", "scene", "tokens", "batch", "status", "seconds", "tokens_per_s", "peak_bytes", "state_bytes"].filter((column) => rows.some((row) => row[column] !== undefined));
+    byId("bench").replaceChildren(e("ul", {}, ...powers), e("details", {}, e("summary", {}, `${rows.length} measurements`),
+      e("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Benchmarks" }, e("table", {},
+        e("thead", {}, e("tr", {}, ...columns.map((column) => e("th", { scope: "col" }, column.replaceAll("_", " "))))),
+        e("tbody", {}, ...rows.slice(0, 300).map((row) => e("tr", {}, ...columns.map((column) => e("td", {}, shown(row[column]))))))))),
+      e("p", { class: "quiet" }, `From ${[...new Set(rows.map((row) => row.file))].join(", ")}.`));
+  }
+
+  // Cost against context, a line for each layer and file, both axes logarithmic.
+  function drawBenchPlot(there) {
+    if (there.length === 0) { byId("bench-plot").hidden = true; return; }
+    const [scene, field, label, unit] = there.find(([s, f]) => `${s} ${f}` === view.get("cost")) ?? there[0];
+    byId("cost").value = `${scene} ${field}`;
+    const series = new Map();
+    for (const row of data.bench.rows) {
+      if (row.scene !== scene || typeof row[field] !== "number" || typeof row.tokens !== "number") continue;
+      const name = `${row.label}, ${row.file}`;
+      if (!series.has(name)) series.set(name, []);
+      series.get(name).push(row);
+    }
+    const theme = mixlab.colors();
+    const all = [...series.values()].flat();
+    const xs = mixlab.scale({ label: "Context T (tokens)", unit: "count", name: "tokens" }, all.map((row) => row.tokens), true, theme, true, 8);
+    const ys = mixlab.scale({ label, unit, name: field }, all.map((row) => row[field]), true, theme, false, 8);
+    const traces = [...series].map(([name, found], i) => {
+      found.sort((a, b) => a.tokens - b.tokens);
+      return {
+        type: "scatter", mode: "lines+markers", name: mixlab.plotlyText(name), x: found.map((row) => xs.place(row.tokens)), y: found.map((row) => ys.place(row[field])),
+        marker: { color: mixlab.COLORS[i % 8], symbol: mixlab.SYMBOLS[i % 9], size: 9 }, line: { color: mixlab.COLORS[i % 8], width: 1.8 },
+        text: found.map((row) => `<b>${mixlab.plotlyText(name)}</b><br>${row.tokens} tokens: ${mixlab.human(row[field], unit)}`), hovertemplate: "%{text}<extra></extra>",
+      };
+    });
+    Plotly.react(byId("bench-plot"), traces, {
+      paper_bgcolor: theme.page, plot_bgcolor: theme.page, font: { color: theme.text, size: 13 }, height: 380, margin: { l: 64, r: 16, t: 10, b: 56 }, xaxis: xs.layout, yaxis: ys.layout,
+      showlegend: traces.length > 1, legend: { orientation: "h", y: -0.25 }, hoverlabel: { align: "left", bgcolor: theme.page, bordercolor: theme.quiet, font: { color: theme.text } },
+    }, { responsive: true, displaylogo: false, displayModeBar: false });
+    byId("bench-plot").setAttribute("aria-label", `${label} against context, listed below`);
   }
 
   function shown(value) {

@@ -2,7 +2,7 @@
 // Several sweeps as one: their arms, cells and axes united, every comparison with the sweep that it is from.
 
 // analysis/palette.py has the same, in the same order.
-mixlab.COLORS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#5F5F5F", "#A89600"];
+mixlab.COLORS = ["#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#5F5F5F", "#A89600"];
 mixlab.SYMBOLS = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "pentagon", "star"];
 mixlab.MAX_PANELS = 12;
 
@@ -18,15 +18,16 @@ mixlab.merge = function (payloads) {
   const patterns = new Map();
   for (const p of payloads) for (const arm of p.sweep.arms) patterns.set(arm.name, (patterns.get(arm.name) ?? new Set()).add(arm.pattern));
   const nameOf = (p, arm) => (patterns.get(arm).size > 1 ? `${arm} (${p.sweep.name})` : arm);
-  const arms = new Map(), cells = new Map(), axes = new Map(), taken = new Set();
+  const arms = new Map(), cells = new Map(), axes = new Map(), looks = new Set();
   for (const p of payloads) {
     for (const arm of p.sweep.arms) {
       const name = nameOf(p, arm.name);
       if (arms.has(name)) continue;
-      // a family of mixers has its look in every sweep; where two sweeps' arms share one, the later gets another mark
-      const style = isMany ? { symbol: [arm.symbol, ...mixlab.SYMBOLS].find((symbol) => !taken.has(arm.color + symbol)) ?? arm.symbol } : {};
-      taken.add(arm.color + (style.symbol ?? arm.symbol));
-      arms.set(name, { ...arm, ...style, name, mixer: mixlab.mixers(arm.pattern).join(" + ") });
+      // within a sweep no two arms look alike; of two sweeps they may
+      const first = mixlab.SYMBOLS.indexOf(arm.symbol);
+      const free = mixlab.SYMBOLS.map((_, i) => mixlab.SYMBOLS[(first + i) % mixlab.SYMBOLS.length]).find((symbol) => !looks.has(arm.color + symbol)) ?? arm.symbol;
+      looks.add(arm.color + free);
+      arms.set(name, { ...arm, symbol: free, name, mixer: mixlab.mixers(arm.pattern).join(" + ") });
     }
     for (const cell of p.sweep.cells) if (!cells.has(cell.label)) cells.set(cell.label, cell);
     for (const axis of p.axes) if (!axes.has(axis.name)) axes.set(axis.name, axis);

@@ -36,6 +36,9 @@ mixlab.drawPlot = function (host, shown, onPick) {
   panels.forEach(drawPanel);
 
   const config = { responsive: false, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "toImage"], displayModeBar: width >= 640 ? "hover" : false };
+  // plotly draws the lines of panels that are new before it knows where they are
+  if (host.dataset.panels !== undefined && host.dataset.panels !== String(panels.length)) Plotly.purge(host);
+  host.dataset.panels = panels.length;
   Plotly.react(host, traces, layout, config);
   host.removeAllListeners("plotly_click");
   host.on("plotly_click", (event) => { const picked = event.points[0]?.customdata; if (picked) onPick(...picked); });
@@ -48,7 +51,7 @@ mixlab.drawPlot = function (host, shown, onPick) {
     layout["yaxis" + suffix] = structuredClone({ ...ys.layout, ...(index === 0 ? {} : { matches: "y" }) });
     if (index % columns !== 0) layout["yaxis" + suffix].title = { text: "" };
     layout.annotations.push({
-      text: panel.title ? "<b>" + mixlab.plotlyText(panel.title) + "</b>" : "", showarrow: false, xref: ids.xaxis + " domain", yref: ids.yaxis + " domain",
+      text: panel.title ? "<b>" + mixlab.plotlyText(mixlab.clipped(panel.title, Math.floor(width / columns / 9))) + "</b>" : "", showarrow: false, xref: ids.xaxis + " domain", yref: ids.yaxis + " domain",
       x: 0, y: 1, xanchor: "left", yanchor: "bottom", yshift: 6, font: { color: theme.text, size: 13 },
     });
     for (const reference of referencesOf(panel)) {
@@ -95,7 +98,7 @@ mixlab.drawPlot = function (host, shown, onPick) {
     }
     const bars = (axis, place, key) => {
       if (!shown.intervals || axis.name.startsWith("cost/") || axis.name.startsWith("factor/")) return { visible: false };
-      const edge = (p, side) => p.line?.metrics[axis.name]?.[side] ?? null;
+      const edge = (p, side) => { const value = p.line?.metrics[axis.name]?.[side] ?? null; return mixlab.hasPlace(value) ? value : null; };
       return {
         type: "data", symmetric: false, visible: true, thickness: 1.6, width: 4, color,
         array: placed.map((p) => (edge(p, "high") === null ? 0 : edge(p, "high") - p[key])),

@@ -1,11 +1,14 @@
 "use strict";
 // Axes of the plot: ticks that a reader of bytes expects, and a place for zero on a logarithmic axis.
 
+// Whether a value can stand on an axis: beyond these, differences and ratios overflow, and nothing at all is drawn.
+mixlab.hasPlace = function (value) { return Number.isFinite(value) && Math.abs(value) < 1e150 && (value === 0 || Math.abs(value) > 1e-150); };
+
 // How an axis over `values` is drawn. `place(value)` gives the coordinate, or null where there is none to give:
 // on a log axis zero gets a place of its own left of everything (a static memory has zero bytes of state).
 // At most `nTicks` of them are labelled on a log axis.
 mixlab.scale = function (axis, values, log, theme, isX, nTicks) {
-  const finite = values.filter((value) => Number.isFinite(value));
+  const finite = values.filter(mixlab.hasPlace);
   const positive = finite.filter((value) => value > 0);
   const base = {
     title: { text: mixlab.plotlyText(axis.label), standoff: 8 }, gridcolor: theme.grid, linecolor: theme.quiet,
@@ -15,8 +18,11 @@ mixlab.scale = function (axis, values, log, theme, isX, nTicks) {
     const layout = { ...base, type: "linear" };
     if (axis.unit === "bytes" || axis.unit === "count") layout.tickformat = "~s";
     if (axis.unit === "fraction" && !isX) layout.range = fractionRange(finite);
+    // plotly finds no range for panels that share an axis with nothing, or one value, on it
+    const [one] = finite;
+    if (!layout.range && finite.every((value) => value === one)) layout.range = one === undefined ? [0, 1] : [one - Math.max(1, Math.abs(one)), one + Math.max(1, Math.abs(one))];
     if (axis.name.startsWith("factor/")) Object.assign(layout, { tickmode: "array", tickvals: [...new Set(finite)] });
-    return { layout, place: (value) => (Number.isFinite(value) ? value : null) };
+    return { layout, place: (value) => (mixlab.hasPlace(value) ? value : null) };
   }
   const low = Math.min(...positive), high = Math.max(...positive);
   const hasZero = finite.some((value) => value === 0);
@@ -33,7 +39,7 @@ mixlab.scale = function (axis, values, log, theme, isX, nTicks) {
     ...base, type: "log", tickmode: "array", tickvals, ticktext,
     range: [Math.log10(hasZero ? zeroAt : low) - pad, Math.log10(high) + pad],
   };
-  const place = (value) => (value > 0 ? value : value === 0 ? zeroAt : null);
+  const place = (value) => (!mixlab.hasPlace(value) ? null : value > 0 ? value : value === 0 ? zeroAt : null);
   return { layout, place, breakAt: hasZero ? Math.sqrt(zeroAt * low) : null };
 
   // fractions keep one common range, so that panels and sweeps look alike
