@@ -54,6 +54,8 @@ OPTIONS = {
 NOT_STREAMING = {
     "moba": "reads blocks in one call, and everything when it decodes, as its paper says",
 }
+# Layers that spoil the process: an illegal access, so that no test after them runs.
+FAULTY = {"mesa_net": "fla 0.6's kernels reach outside their memory behind a second call (H100, triton 3.7.1)"}
 
 
 def test_the_table_names_every_exported_layer():
@@ -171,7 +173,7 @@ def test_a_plan_needs_no_gpu():
 
 def test_the_suite_of_layers_covers_the_table():
     assert set(OPTIONS) | {"hgrn"} == set(FACTS)
-    assert set(NOT_STREAMING) <= set(FACTS)
+    assert set(NOT_STREAMING) | set(FAULTY) <= set(FACTS)
 
 
 def built(options=None, **facts):
@@ -356,6 +358,8 @@ def test_outputs_and_gradients_are_finite(name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", sorted(FACTS))
 def test_prefill_and_single_tokens_equal_one_call(name):
+    if name in FAULTY:
+        pytest.skip(FAULTY[name])
     mixer = on_cuda(name).eval()
     x = torch.randn(2, T, D, device="cuda", dtype=torch.bfloat16)
     one = mixer(x).y
