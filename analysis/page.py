@@ -20,11 +20,12 @@ COMPARE_SCRIPTS = (
     "plot.js",
     "table.js",
     "findings.js",
+    "panels.js",
+    "figures.js",
     "export.js",
     "source.js",
     "main.js",
 )
-REPORT_SCRIPTS = (*COMPARE_SCRIPTS, "figures.js")
 
 
 def _plotly_js() -> Path:
@@ -41,7 +42,7 @@ PLOTLY_JS = _plotly_js()
 def report_page(payload: dict[str, Any]) -> str:
     """The same page with data, styles, scripts and plotly inside: one file that needs no network and no server."""
     scripts = [PLOTLY_JS.read_text(encoding="utf-8")] + [
-        (STATIC / name).read_text(encoding="utf-8") for name in REPORT_SCRIPTS
+        (STATIC / name).read_text(encoding="utf-8") for name in COMPARE_SCRIPTS
     ]
     styles = f"<style>\n{(STATIC / 'compare.css').read_text(encoding='utf-8')}</style>"
     inline = "\n".join("<script>\n" + text.replace("</script", "<\\/script") + "\n</script>" for text in scripts)

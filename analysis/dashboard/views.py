@@ -90,7 +90,13 @@ class Views:
         for option, name in (("x", x), ("y", y)):
             check_axis(option, name, saved, lines)
         found = findings(saved, rows, lines, x=x, y=y)
-        return {"sweep": saved.name, "x": x, "y": y, **findings_json(found), "method": method(saved, rows, found)}
+        trials = [
+            finite({"arm": line.arm, "cell": line.cell, "trials": [vars(trial) for trial in line.trials]})
+            for line in lines
+            if line.trials
+        ]
+        told = {"trials": trials, "method": method(saved, rows, found)}
+        return {"sweep": saved.name, "x": x, "y": y, **findings_json(found), **told}
 
     def runs_of(self, store: VisibleStore, sweep: str, arm: str, cell: str, tags: list[str]) -> dict[str, Any]:
         """All runs of an arm and cell, replicates first, with their settings."""

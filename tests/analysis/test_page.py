@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from analysis.comparison import compare
+from analysis.history import MemoryUse
 from analysis.page import report_page, script_json
 from analysis.payload import payload
-from analysis.runs import rows_from_records
+from analysis.runs import RunRow, rows_from_records
+from sweeps.saved import SavedSweep
 from tests.analysis import planted
 from tests.analysis.conftest import HOSTILE, Watched
 
@@ -57,9 +61,6 @@ def test_a_report_opens_from_a_file_with_nothing_else(tmp_path: Path, watched: W
     watched.page.reload()
     watched.page.wait_for_selector("#plot .points path", state="attached")
     assert watched.page.input_value("#x") == "cost/params"
-    # accuracy over pairs and state over length; nothing was tuned, and no metric is reported by position
-    assert watched.page.locator("#figures h3").count() == 2
-    assert watched.page.locator("#figures .js-plotly-plot .scatterlayer .trace").count() == 6 + 5
     assert watched.errors == []
     assert {url.split("#")[0] for url in watched.requests if not url.startswith("data:")} == {address}
 
@@ -85,4 +86,84 @@ def test_names_stay_text_everywhere(tmp_path: Path, watched: Watched) -> None:
     assert page.locator("#details h3").inner_text() == f"{list(HOSTILE)[1]}, n_pairs=8"
     assert page.evaluate("window.pwned") is None
     assert page.locator("#plot a, main img, main b").count() == 0
+    assert watched.errors == []
+
+
+def curves_sweep(folder: Path) -> tuple[SavedSweep, list[RunRow], list[MemoryUse]]:
+    """Five tuning trials in each arm and cell, the highest learning rate best or diverged; buckets of positions."""
+    saved = planted.plan("curves", arms={name: planted.ARMS[name] for name in ("attention", "linear", "FwPKM")})
+    saved = dataclasses.replace(saved, tune={"train.lr": {"log_uniform": [1e-4, 1e-2]}})
+    planted.write_records(folder, saved)
+    _, rows = rows_from_records(folder, saved.name)
+    for row in rows:
+        row.metrics.update({"report/loss/pos_0_7": 2.0, "report/loss/pos_8_15": 1.0} if row.metrics else {})
+        row.settings["train.lr"] = 1e-2
+    first = {(row.arm, row.cell): row for row in reversed(rows)}
+    for (arm, cell), row in first.items():
+        for lr in (1e-4, 1e-3, 1e-2, 1e-1):
+            lost = lr > 0.05
+            rows.append(
+                dataclasses.replace(
+                    row,
+                    role="tuning",
+                    seed=99,
+                    key=f"{arm}{cell}{lr}",
+                    outcome="diverged" if lost else "finished",
+                    metrics={} if lost else {"select/accuracy": 1 + math.log10(lr) / 4},
+                    settings=row.settings | {"train.lr": lr},
+                )
+            )
+    use = [
+        MemoryUse("FwPKM", "n_pairs=8", seed, "0/token", [10, 20], {"gate_mean": [0.9, 0.1 * seed]}) for seed in (1, 3)
+    ]
+    return saved, rows, use
+
+
+def test_curves_are_drawn_from_the_findings_and_follow_what_is_shown(tmp_path: Path, watched: Watched) -> None:
+    saved, rows, use = curves_sweep(tmp_path)
+    values = payload(saved, rows, compare(saved, rows), history=use)
+    path = tmp_path / "curves.html"
+    path.write_text(report_page(values), encoding="utf-8")
+    page = watched.page
+    page.goto(path.as_uri())
+    page.wait_for_selector("#figures .figure-plot .points path", state="attached")
+
+    def traces(name: str) -> list[dict[str, Any]]:
+        return page.evaluate(
+            """name => document.querySelector(`#figures [data-name="curves ${name}"] .figure-plot`).data
+            .map(t => ({axis: t.xaxis, x: [...t.x], y: [...t.y], color: t.marker?.color, name: t.name,
+                        symbol: t.marker?.symbol, mode: t.mode, text: t.text}))""",
+            name,
+        )
+
+    titles = page.locator("#figures summary").all_inner_texts()
+    assert titles == [
+        "Recall over difficulty",
+        "Tuning curves",
+        "State over the context T",
+        "Quality by position",
+        "Use of memory over training",
+    ]
+    # accuracy over pairs, in the arm's own colour: a seed of FwPKM diverged at 64 pairs
+    looks = {arm["name"]: arm for arm in values["sweep"]["arms"]}
+    over = [trace for trace in traces("capacity") if trace["axis"] == "x"]
+    expected = {each["arm"]: [point["accuracy"]["mean"] for point in each["points"]] for each in values["capacity"]}
+    assert [trace["y"] for trace in over] == list(expected.values())
+    assert [trace["color"] for trace in over] == [looks[arm]["color"] for arm in expected]
+    assert over[2]["symbol"] == ["square", "square", "square-open"]
+    # a ring on the chosen trial; what diverged at the foot, none left out
+    tuning = [trace for trace in traces("tuning-curves") if trace["axis"] == "x"]
+    assert [trace["x"] for trace in tuning if trace["name"] == "chosen"] == [[0.01]] * 3
+    assert [(trace["x"], trace["y"]) for trace in tuning if trace["symbol"] == "x-thin"] == [([0.1], [0])] * 3
+    assert [trace["x"] for trace in tuning if trace["mode"] == "lines+markers"] == [[0.0001, 0.001, 0.01]] * 3
+    assert traces("growth")[0]["y"][1] == 1024 * 256
+    assert len([trace for trace in traces("position") if trace["axis"] == "x"]) == 3
+    assert [trace["y"] for trace in traces("memory")[:3]] == [[0.9, 0.1], [0.9, pytest.approx(0.3)], [0.9, 0.2]]
+
+    page.select_option("#x", "cost/params")  # the curves do not hang on the axes
+    page.locator("#legend button", has_text="FwPKM").click()
+    page.wait_for_function("document.querySelectorAll('#figures > details').length === 4")
+    assert len([trace for trace in traces("capacity") if trace["axis"] == "x"]) == 2
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.wait_for_function("document.documentElement.scrollWidth <= 390")
     assert watched.errors == []

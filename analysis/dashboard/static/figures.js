@@ -1,158 +1,233 @@
 "use strict";
-// The other figures of a report: accuracy over pairs, tuning curves, quality by position, state over length, memories.
-// The arms look as they do in every other figure.
+// What a scatter can't show: recall over difficulty, tuning curves, cost over T, quality by position, use of memory.
 
-mixlab.drawFigures = function (host, data) {
+// `found` as for drawFindings; drawn for the arms and cells shown. A section that is closed is drawn once it is opened.
+mixlab.drawFigures = function (host, found, shown) {
   const e = mixlab.element;
-  const style = getComputedStyle(document.documentElement);
-  const color = (name) => style.getPropertyValue(name).trim();
-  const looks = new Map(data.sweep.arms.map((arm) => [arm.name, arm]));
-  const cells = data.sweep.cells.map((cell) => cell.label);
-  const figures = [capacity(), tuning(), position(), stateGrowth(), memoryUse()].filter((figure) => figure && figure.panels.length > 0);
-  host.replaceChildren(...(figures.length ? [e("h2", {}, "Figures")] : []));
-  for (const figure of figures) draw(figure);
+  const theme = mixlab.colors();
+  const arms = new Map(shown.model.arms.map((arm) => [arm.name, arm]));
+  const made = new Map([...host.children].map((details) => [details.dataset.name, details]));
+  const few = shown.lines.length <= 60;
+  const sections = found.flatMap((one) => {
+    const lines = shown.lines.filter((line) => line.sweep === one.sweep);
+    const names = new Map(lines.map((line) => [line.armInSweep, line.arm]));
+    const cells = [...new Set(lines.map((line) => line.cell))];
+    const about = { one, lines, cells, shown, theme, arms, lookOf: (armInSweep) => arms.get(names.get(armInSweep)) };
+    return [
+      ["capacity", "Recall over difficulty", mixlab.capacityPanels, 3], ["tuning-curves", "Tuning curves", mixlab.tuningPanels, 3],
+      ["growth", "State over the context T", mixlab.growthPanels, 2], ["position", "Quality by position", mixlab.positionPanels, 3],
+      ["memory", "Use of memory over training", mixlab.memoryPanels, 4],
+    ].map(([name, title, panelsOf, most]) => ({ name: `${one.sweep} ${name}`, title: found.length > 1 ? `${one.sweep}: ${title}` : title, most, ...panelsOf(about) }))
+      .filter((section) => section.panels.length > 0);
+  });
+  host.replaceChildren(...sections.map((section) => {
+    const details = made.get(section.name) ?? fresh(section);
+    made.delete(section.name);
+    const [, legend, plot, caption] = details.children;
+    legend.replaceChildren(...section.looks.map((arm) => e("span", {}, mixlab.swatch(arm), " ", arm.name)));
+    const nMore = section.panels.length - mixlab.MAX_PANELS;
+    caption.textContent = section.caption + (nMore > 0 ? ` ${nMore} more panels: choose cells or arms.` : "");
+    const draw = () => { if (details.open) mixlab.drawPanels(plot, section.panels.slice(0, mixlab.MAX_PANELS), section.most, theme); };
+    details.ontoggle = draw;
+    return details;
+  }));
+  for (const details of made.values()) Plotly.purge(details.children[2]);
+  for (const details of host.children) details.ontoggle();
 
-  // A panel is {title, x, y (titles), xlog, traces}; `figure` = {title, panels}.
-  function draw(figure) {
-    const box = e("div", { role: "img", "aria-label": figure.title });
-    host.append(e("h3", {}, figure.title), box);
-    const columns = Math.max(1, Math.min(figure.panels.length, figure.columns ?? 4, Math.floor((host.clientWidth || 800) / 270)));
-    const rows = Math.ceil(figure.panels.length / columns);
-    const layout = {
-      paper_bgcolor: color("--page"), plot_bgcolor: color("--page"), font: { color: color("--text"), size: 12, family: 'system-ui, "Segoe UI", sans-serif' },
-      height: rows * 260 + 50, margin: { l: 56, r: 16, t: 34, b: 50 }, hovermode: "closest", annotations: [], showlegend: true,
-      legend: { orientation: "h", y: -0.22 / rows, yanchor: "top" },
-      ...(figure.panels.length > 1 ? { grid: { rows, columns, pattern: "independent", xgap: 0.2, ygap: 0.34 } } : {}),
-    };
-    const named = new Set();
-    const traces = figure.panels.flatMap((panel, index) => {
-      const suffix = index === 0 ? "" : String(index + 1);
-      const line = { gridcolor: color("--line"), zeroline: false, automargin: true };
-      layout["xaxis" + suffix] = { ...line, title: { text: panel.x, standoff: 6 }, type: panel.xlog ? "log" : "linear", ...(panel.ticks ? { tickvals: panel.ticks, ticktext: panel.ticks.map((tick) => String(Number(tick.toPrecision(4)))) } : {}) };
-      layout["yaxis" + suffix] = { ...line, title: { text: panel.y, standoff: 6 }, type: panel.ylog ? "log" : "linear", ...(panel.ylog ? { dtick: 1, exponentformat: "power" } : {}) };
-      layout.annotations.push({ text: "<b>" + mixlab.plotlyText(panel.title) + "</b>", showarrow: false, xref: `x${suffix} domain`, yref: `y${suffix} domain`, x: 0, y: 1, xanchor: "left", yanchor: "bottom", yshift: 6 });
-      return panel.traces.map((trace) => {
-        const isNew = trace.showlegend !== false && !named.has(trace.name);
-        if (isNew) named.add(trace.name);
-        return { type: "scatter", ...trace, legendgroup: trace.name, showlegend: isNew, xaxis: "x" + suffix, yaxis: "y" + suffix };
-      });
-    });
-    Plotly.newPlot(box, traces, layout, { displaylogo: false, responsive: true, displayModeBar: "hover" });
-  }
-
-  // Points of one arm with their intervals; `points` = [{x, mean, low, high, text}].
-  function curve(arm, points) {
-    const look = looks.get(arm);
-    const side = (name, sign) => points.map((point) => (point[name] == null ? 0 : sign * (point[name] - point.mean)));
-    return {
-      name: mixlab.plotlyText(arm), mode: "lines+markers", x: points.map((point) => point.x), y: points.map((point) => point.mean),
-      marker: { color: look.color, symbol: look.symbol, size: 9 }, line: { color: look.color, width: 1.6, dash: look.dash },
-      error_y: { type: "data", symmetric: false, array: side("high", 1), arrayminus: side("low", -1), thickness: 1.4, width: 3, color: look.color, visible: points.some((point) => point.low != null) },
-      text: points.map((point) => mixlab.plotlyText(point.text ?? "")), hovertemplate: "%{y:.4g} at %{x:.4g}<br>%{text}",
-    };
-  }
-
-  function capacity() {
-    const groups = new Map();
-    for (const each of data.capacity) groups.set(each.group, [...(groups.get(each.group) ?? []), each]);
-    return {
-      title: "Accuracy over the number of pairs", panels: [...groups].map(([group, members]) => ({
-        title: group, x: "key-value pairs", y: "accuracy (report split)", xlog: true, ticks: [...new Set(members.flatMap((each) => each.points.map((point) => point.n_pairs)))],
-        traces: members.map((each) => curve(each.arm, each.points.filter((point) => point.accuracy !== null)
-          .map((point) => ({ x: point.n_pairs, ...point.accuracy, text: point.n_diverged ? `${point.n_diverged} diverged` : "" })))),
-      })),
-    };
-  }
-
-  // Every trial; those that gave no value stand at the foot, as crosses.
-  function tuning() {
-    const settings = [...new Set(data.tuning.arm_cells.flatMap((each) => each.sensitivity.map((found) => found.setting)))];
-    const panels = settings.flatMap((setting) => cells.map((cell) => {
-      const lines = data.comparisons.filter((line) => line.cell === cell);
-      const having = (line) => line.trials.filter((trial) => typeof trial.settings[setting] === "number").sort((a, b) => a.settings[setting] - b.settings[setting]);
-      const values = lines.flatMap(having).map((trial) => trial.settings[setting]);
-      const known = lines.flatMap(having).filter((trial) => trial.outcome === "finished" && trial.value !== null);
-      const foot = Math.min(0, ...known.map((trial) => trial.value));
-      return {
-        title: cell, x: mixlab.plotlyText(setting), y: mixlab.plotlyText(data.sweep.metric.select), xlog: Math.min(...values) > 0 && Math.max(...values) / Math.min(...values) >= 8,
-        traces: lines.flatMap((line) => {
-          const trials = having(line);
-          const chosen = data.tuning.arm_cells.find((each) => each.arm === line.arm && each.cell === cell)?.chosen[setting];
-          const finished = trials.filter((trial) => trial.outcome === "finished" && trial.value !== null);
-          const lost = trials.filter((trial) => !finished.includes(trial));
-          const found = curve(line.arm, finished.map((trial) => ({ x: trial.settings[setting], mean: trial.value, text: trial.settings[setting] === chosen ? "chosen" : "" })));
-          found.marker.line = { color: color("--text"), width: finished.map((trial) => (trial.settings[setting] === chosen ? 2 : 0)) };
-          return [found, ...(lost.length ? [{
-            name: mixlab.plotlyText(line.arm), showlegend: false, mode: "markers", x: lost.map((trial) => trial.settings[setting]), y: lost.map(() => foot),
-            marker: { color: looks.get(line.arm).color, symbol: "x-thin-open", size: 9 }, text: lost.map((trial) => mixlab.plotlyText(`${trial.outcome} ${trial.reason}`)), hovertemplate: "%{x:.4g}: %{text}",
-          }] : [])];
-        }),
-      };
-    }).filter((panel) => panel.traces.some((trace) => trace.x.length > 0)));
-    return { title: "Tuning: every trial on the select split, the chosen one ringed", panels };
-  }
-
-  function position() {
-    const buckets = new Map();
-    for (const line of data.comparisons) {
-      for (const name of Object.keys(line.metrics)) {
-        const match = /^(report\/\w+)\/pos_(\d+)_(\d+)$/.exec(name);
-        if (match) buckets.set(name, { metric: match[1], first: Number(match[2]), last: Number(match[3]) });
-      }
-    }
-    const metrics = [...new Set([...buckets.values()].map((bucket) => bucket.metric))];
-    const panels = metrics.flatMap((metric) => cells.map((cell) => ({
-      title: cell === "all" ? "" : cell, x: "position (tokens)", y: mixlab.plotlyText(metric), xlog: true,
-      ticks: [...buckets.values()].filter((bucket) => bucket.metric === metric).map((bucket) => bucket.last + 1),
-      traces: data.comparisons.filter((line) => line.cell === cell).map((line) => curve(line.arm, [...buckets]
-        .filter(([name, bucket]) => bucket.metric === metric && line.metrics[name])
-        .map(([name, bucket]) => ({ x: Math.sqrt(Math.max(bucket.first, (bucket.last + 1) / 2) * (bucket.last + 1)), ...line.metrics[name], text: `positions ${bucket.first} to ${bucket.last}` }))
-        .sort((a, b) => a.x - b.x))),
-    })));
-    return { title: "Quality by position in the sequence", panels };
-  }
-
-  // A line by construction, from what was measured at one length.
-  function stateGrowth() {
-    const traces = [...looks.keys()].flatMap((arm) => {
-      const cost = data.comparisons.find((line) => line.arm === arm && line.cost.state_context_tokens)?.cost;
-      if (cost?.state_bytes_per_token == null || cost.state_bytes_fixed == null) return [];
-      const points = [0.5, 1, 2, 4, 8].map((times) => times * cost.state_context_tokens)
-        .map((tokens) => ({ x: tokens, mean: cost.state_bytes_fixed + cost.state_bytes_per_token * tokens })).filter((point) => point.mean > 0);
-      return points.length > 0 ? [curve(arm, points)] : [];
-    });
-    const panel = { title: "", x: "context (tokens)", y: "bytes of state", xlog: true, ylog: true, ticks: [...new Set(traces.flatMap((trace) => trace.x))], traces };
-    return { title: "State over the length of the context, from its fixed part and growth per token", panels: traces.length > 0 ? [panel] : [] };
-  }
-
-  // Single seeds: they are few.
-  function memoryUse() {
-    const names = { gate_mean: "mean gate", gate_above_50: "gates above .5", slot_coverage: "share of slots read", slot_collisions: "repeated reads", slot_kl_uniform: "KL from uniform (nats)" };
-    const groups = new Map();
-    for (const each of data.memory_use) {
-      const key = [each.arm, each.cell === "all" ? "" : each.cell, `layer ${each.layer.split("/")[0]}`].filter((part) => part).join(", ");
-      groups.set(key, [...(groups.get(key) ?? []), each]);
-    }
-    const shown = Object.keys(names).filter((name) => data.memory_use.some((each) => name in each.values));
-    const panels = [...groups].flatMap(([title, runs]) => shown.map((name, i) => ({
-      title: i === 0 ? title : "", x: "training step", y: names[name],
-      traces: runs.filter((run) => name in run.values).map((run) => ({
-        name: mixlab.plotlyText(run.arm), mode: "lines", x: run.steps, y: run.values[name], line: { color: looks.get(run.arm).color, width: 1.4 },
-        text: run.steps.map(() => `seed ${run.seed}`), hovertemplate: "%{y:.4g} at step %{x}<br>%{text}",
-      })),
-    })));
-    return { title: "Fast-weight memories over training, each seed", panels, columns: shown.length };
+  function fresh(section) {
+    const details = e("details", { "data-name": section.name, class: "figure" }, e("summary", {}, section.title),
+      e("div", { class: "figure-legend quiet" }), e("div", { class: "figure-plot", role: "img", "aria-label": section.title }), e("p", { class: "quiet" }));
+    // many panels below each other would hide what follows
+    details.open = few && (section.panels.length <= 6 || host.clientWidth >= 640);
+    return details;
   }
 };
 
-// Only a report holds all that these figures need.
-(function () {
-  const data = JSON.parse(document.getElementById("data").textContent);
-  if (data === null) return;
-  const host = document.createElement("section");
-  host.id = "figures";
-  document.getElementById("findings").before(host);
-  const redraw = () => mixlab.drawFigures(host, data);
-  redraw();
-  new MutationObserver(redraw).observe(document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
-})();
+mixlab.looksOf = (about, armsInSweep) => [...new Set(armsInSweep)].map(about.lookOf).filter(Boolean);
+
+// A step aside for each arm, so that marks at one place don't hide each other: factors around 1.
+mixlab.aside = function (armsInSweep, step) {
+  const all = [...new Set(armsInSweep)];
+  return new Map(all.map((arm, i) => [arm, step ** (i - (all.length - 1) / 2)]));
+};
+
+mixlab.curve = function (look, points, options = {}) {
+  return {
+    type: "scatter", mode: "lines+markers", x: points.map((p) => p.x), y: points.map((p) => p.y), text: points.map((p) => p.text),
+    line: { color: look.color, width: 1.6, dash: look.dash ?? "solid" }, marker: { color: look.color, symbol: look.symbol, size: 9 }, ...options,
+  };
+};
+
+mixlab.bars = (found, color) => ({
+  type: "data", symmetric: false, visible: true, thickness: 1.4, width: 3, color,
+  array: found.map((i) => (i.high === null ? 0 : i.high - i.mean)), arrayminus: found.map((i) => (i.low === null ? 0 : i.mean - i.low)),
+});
+
+mixlab.capacityPanels = function (about) {
+  const { one, shown, theme } = about;
+  const known = (one.capacity ?? []).filter((each) => about.lookOf(each.arm));
+  const aside = mixlab.aside(known.map((each) => each.arm), 1.03);
+  const accuracy = shown.model.axes.find((axis) => axis.name === "report/accuracy") ?? { name: "report/accuracy", label: "Accuracy", unit: "fraction" };
+  const load = { name: "factor/pairs", label: "key-value pairs", unit: "" };
+  const chance = shown.model.references.find((r) => r.sweep === one.sweep && r.axis === "report/accuracy")?.value ?? null;
+  const panels = [...new Set(known.map((each) => each.group))].flatMap((group) => {
+    const members = known.filter((each) => each.group === group);
+    const loads = members.flatMap((each) => each.points.map((point) => point.n_pairs));
+    const axisX = () => mixlab.scale(load, loads, true, theme, true, 6).layout;
+    return [over(members, group, axisX()), held(members, loads), efficiency(members, axisX())].filter((panel) => panel.traces.length > 0);
+  });
+  return { panels, looks: mixlab.looksOf(about, known.map((each) => each.arm)), caption:
+    "Accuracy with 95 % intervals over seeds; open marks: a seed diverged. Pairs at 90 %: where each seed first falls below it, between the numbers tested; an arrow says that seeds lie beyond them. Bits per byte: of the mean accuracy." };
+
+  function over(members, group, x) {
+    const traces = members.map((each) => {
+      const look = about.lookOf(each.arm), points = each.points.filter((point) => point.accuracy !== null);
+      return mixlab.curve(look, points.map((point) => ({ x: point.n_pairs * aside.get(each.arm), y: point.accuracy.mean,
+        text: `<b>${mixlab.plotlyText(look.name)}</b><br>${point.n_pairs} pairs: ${mixlab.spread(point.accuracy)}<br>${point.accuracy.n} seeds${point.n_diverged ? `, ${point.n_diverged} diverged` : ""}` })),
+      { error_y: mixlab.bars(points.map((point) => point.accuracy), look.color),
+        marker: { color: look.color, size: 9, symbol: points.map((point) => look.symbol + (point.n_diverged ? "-open" : "")) } });
+    }).filter((trace) => trace.x.length > 0);
+    const levels = members[0].thresholds.map((t) => mixlab.levelLine(t.accuracy, t === members[0].thresholds[0] ? `${100 * t.accuracy} %` : "", theme, "dash"));
+    if (chance !== null) levels.push(mixlab.levelLine(chance, "chance", theme, "dot"));
+    const y = mixlab.scale(accuracy, members.flatMap((each) => each.points.map((point) => point.accuracy?.mean ?? null)), false, theme, false, 6).layout;
+    return { title: group || "accuracy over difficulty", x, y, traces, shapes: levels.map((l) => l.shape), annotations: levels.map((l) => l.annotation) };
+  }
+
+  function held(members, loads) {
+    const stateOf = (each) => each.points.map((point) => point.state_bytes).filter((bytes) => bytes !== null).at(-1) ?? null;
+    const shownOf = members.map((each) => ({ each, state: stateOf(each), t: each.thresholds[0], look: about.lookOf(each.arm) })).filter((m) => m.state !== null && m.t.pairs !== null);
+    const xs = mixlab.scale({ name: "cost/state_bytes", label: "State per sequence", unit: "bytes" }, shownOf.map((m) => m.state), true, theme, true, 4);
+    const y = mixlab.scale({ ...load, label: "pairs recalled at 90 %" }, loads, true, theme, false, 6).layout;
+    const traces = shownOf.map(({ each, state, t, look }) => mixlab.curve(look, [{ x: xs.place(state), y: t.pairs, text:
+      `<b>${mixlab.plotlyText(look.name)}</b><br>${t.n_below === t.n ? "fewer than" : t.n_above ? "at least" : t.n_below ? "at most" : ""} ${Number(t.pairs.toPrecision(3))} pairs at 90 %`
+      + (t.low === null ? "" : ` [${Number(t.low.toPrecision(3))}, ${Number(t.high.toPrecision(3))}]`) + `<br>${mixlab.human(state, "bytes")} of state<br>${t.n} seeds: ${t.n_above} beyond, ${t.n_below} below what was tested${t.n_unknown ? `; ${t.n_unknown} more unknown` : ""}` }],
+    { mode: "markers", marker: { color: look.color, size: 11, symbol: look.symbol + (t.n_above || t.n_below ? "-open" : ""), line: { width: 2, color: look.color } },
+      error_y: mixlab.bars([{ mean: t.pairs, low: t.low, high: t.high }], look.color) }));
+    const arrows = shownOf.flatMap(({ state, t, look }) => [[t.n_above, -26], [t.n_below, 26]].filter(([n]) => n > 0).map(([, ay]) => ({
+      x: Math.log10(xs.place(state)), y: Math.log10(t.pairs), ax: 0, ay, text: "", showarrow: true, arrowhead: 0, startarrowhead: 2, arrowside: "start", arrowcolor: look.color, arrowwidth: 1.6,
+    })));
+    return { title: "pairs at 90 % against state", x: xs.layout, y, traces, annotations: arrows };
+  }
+
+  function efficiency(members, x) {
+    const points = members.map((each) => each.points.filter((point) => (point.bits_per_byte ?? 0) > 0));
+    const traces = members.map((each, i) => mixlab.curve(about.lookOf(each.arm), points[i].map((point) => ({ x: point.n_pairs, y: point.bits_per_byte,
+      text: `<b>${mixlab.plotlyText(about.lookOf(each.arm).name)}</b><br>${Number(point.bits_per_byte.toPrecision(3))} bits per byte<br>${Number(point.bits.toPrecision(3))} bits in ${mixlab.human(point.state_bytes, "bytes")}, ${point.n_pairs} pairs` })))).filter((trace) => trace.x.length > 0);
+    const all = points.flat().map((point) => point.bits_per_byte);
+    const y = mixlab.scale({ name: "bits", label: "bits recalled per byte", unit: "" }, all, all.length > 0 && Math.max(...all) / Math.min(...all) > 4, theme, false, 6).layout;
+    return { title: "bits per byte of state", x, y, traces };
+  }
+};
+
+// The select metric of every trial over each tuned number; see analysis/figures/learning_rate.py.
+mixlab.tuningPanels = function (about) {
+  const { one, shown, theme, cells } = about;
+  const tunings = one.tuning.arm_cells.filter((each) => about.lookOf(each.arm) && cells.includes(each.cell));
+  const trialsOf = new Map((one.trials ?? []).map((each) => [JSON.stringify([each.arm, each.cell]), each.trials]));
+  const select = shown.model.sweeps.find((sweep) => sweep.name === one.sweep).metric.select;
+  const y = shown.model.axes.find((axis) => axis.name === select) ?? { name: select, label: select, unit: "", direction: "maximize" };
+  const settings = [...new Set(tunings.flatMap((each) => each.sensitivity.map((s) => s.setting)))];
+  const values = [...trialsOf.values()].flat().map((trial) => trial.value).filter((value) => value !== null);
+  const span = values.length ? Math.max(...values) - Math.min(...values) : 1;
+  const foot = y.direction === "maximize" ? Math.min(...values, y.unit === "fraction" ? 0 : Infinity) - (y.unit === "fraction" ? 0 : 0.06 * span) : Math.max(...values) + 0.06 * span;
+  const panels = settings.flatMap((setting) => cells.map((cell) => panel(setting, cell))).filter((made) => made.traces.length > 0);
+  return { panels, looks: mixlab.looksOf(about, tunings.map((each) => each.arm)), caption:
+    "Every tuning trial on the select split, one seed each. Ring: the setting that the replicates use. Thick: the range that stays within 5 % of the best. → ←: the best is the highest or lowest tried, so better ones may lie outside. Crosses at the edge: diverged or failed." };
+
+  function panel(setting, cell) {
+    const here = tunings.filter((each) => each.cell === cell);
+    const trials = here.map((each) => (trialsOf.get(JSON.stringify([each.arm, cell])) ?? []).filter((trial) => typeof trial.settings[setting] === "number").sort((a, b) => a.settings[setting] - b.settings[setting]));
+    const at = trials.flat().map((trial) => trial.settings[setting]);
+    const log = at.length > 0 && Math.min(...at) > 0 && Math.max(...at) / Math.min(...at) >= 8;
+    const traces = here.flatMap((each, i) => curves(each, trials[i], setting));
+    const scaled = mixlab.scale(y, values, false, theme, false, 6).layout;
+    return { title: cell === "all" ? "" : cell, x: mixlab.scale({ name: setting, label: setting, unit: "" }, at, log, theme, true, 5).layout, y: scaled, traces };
+  }
+
+  function curves(each, trials, setting) {
+    const look = about.lookOf(each.arm);
+    const point = (trial, value = trial.value) => ({ x: trial.settings[setting], y: value, text: `<b>${mixlab.plotlyText(look.name)}</b>${Object.entries(trial.settings).map(([name, v]) => `<br>${mixlab.plotlyText(name)} = ${mixlab.plotlyText(v)}`).join("")}<br>`
+      + mixlab.plotlyText(trial.outcome === "finished" && trial.value !== null ? `${y.label}: ${mixlab.human(trial.value, y.unit)}` : `${trial.outcome} ${trial.reason}`) });
+    const isDone = (trial) => trial.outcome === "finished" && trial.value !== null;
+    const done = trials.filter(isDone), lost = trials.filter((trial) => !isDone(trial));
+    const chosen = done.filter((trial) => Object.entries(trial.settings).every(([name, value]) => each.chosen[name] === value));
+    const s = each.sensitivity.find((found) => found.setting === setting);
+    const one_setting = trials.length > 0 && Object.keys(trials[0].settings).length === 1;
+    const made = [];
+    if (s && s.low !== null && each.best !== null) made.push({ type: "scatter", mode: "lines", x: [s.low, s.high], y: [each.best, each.best], hoverinfo: "skip", hovertemplate: null, opacity: 0.3, line: { color: look.color, width: 7 } });
+    if (done.length) made.push(mixlab.curve(look, done.map((trial) => point(trial)), { mode: one_setting ? "lines+markers" : "markers" }));
+    if (lost.length) made.push(mixlab.curve(look, lost.map((trial) => point(trial, foot)), { mode: "markers", marker: { color: look.color, symbol: "x-thin", size: 8, line: { color: look.color, width: 2 } } }));
+    const flag = s && s.edge && s.n_values >= 3 ? (s.edge === "high" ? "→" : "←") : "";
+    if (chosen.length) made.push({ type: "scatter", mode: flag ? "markers+text" : "markers", name: "chosen", x: chosen.map((trial) => trial.settings[setting]), y: chosen.map((trial) => trial.value), hoverinfo: "skip", hovertemplate: null,
+      marker: { symbol: "circle-open", size: 17, color: theme.quiet, line: { width: 1.6 } }, text: chosen.map(() => flag), textposition: flag === "→" ? "middle right" : "middle left", textfont: { color: look.color, size: 15 } });
+    return made;
+  }
+};
+
+// By the measured fixed part and growth per token: a line by construction.
+mixlab.growthPanels = function (about) {
+  const { lines, theme } = about;
+  const curves = new Map();
+  for (const line of lines) {
+    const { state_bytes_fixed: fixed, state_bytes_per_token: growth, state_context_tokens: at } = line.cost;
+    if (curves.has(line.armInSweep) || fixed === undefined || growth === undefined || !at) continue;
+    const points = [0.5, 1, 2, 4, 8].map((factor) => ({ x: at * factor, y: fixed + growth * at * factor })).filter((point) => point.y > 0);
+    if (points.length) curves.set(line.armInSweep, points);
+  }
+  const all = [...curves.values()].flat();
+  const x = mixlab.scale({ name: "factor/T", label: "context T (tokens)", unit: "" }, all.map((p) => p.x), true, theme, true, 6).layout;
+  const y = mixlab.scale({ name: "cost/state_bytes", label: "State per sequence", unit: "bytes" }, all.map((p) => p.y), true, theme, false, 8).layout;
+  const traces = [...curves].map(([arm, points]) => mixlab.curve(about.lookOf(arm), points.map((p) => ({ ...p, text: `<b>${mixlab.plotlyText(about.lookOf(arm).name)}</b><br>${mixlab.human(p.y, "bytes")} at ${p.x} tokens` }))));
+  return { panels: traces.length ? [{ title: "", x, y, traces }] : [], looks: mixlab.looksOf(about, curves.keys()), caption:
+    "From the fixed part and the growth per token that the runs measured: a line by construction, not a measurement. `mixlab bench` measures costs over T." };
+};
+
+mixlab.positionPanels = function (about) {
+  const { lines, cells, shown, theme } = about;
+  const buckets = new Map();
+  for (const name of new Set(lines.flatMap((line) => Object.keys(line.metrics)))) {
+    const match = name.match(/^(report\/\w+)\/pos_(\d+)_(\d+)$/);
+    if (match) buckets.set(match[1], [...(buckets.get(match[1]) ?? []), { first: Number(match[2]), end: Number(match[3]) + 1, name }]);
+  }
+  const aside = mixlab.aside(lines.map((line) => line.armInSweep), 1.04);
+  const several = [...buckets].filter(([, all]) => all.length > 1);
+  const panels = several.flatMap(([metric, all]) => cells.map((cell) => {
+    const of = all.sort((a, b) => a.first - b.first);
+    const axis = shown.model.axes.find((each) => each.name === metric) ?? { name: metric, label: metric, unit: "" };
+    const here = lines.filter((line) => line.cell === cell);
+    const traces = here.map((line) => {
+      const look = about.lookOf(line.armInSweep), known = of.filter((bucket) => line.metrics[bucket.name]);
+      return mixlab.curve(look, known.map(({ first, end, name }) => ({ x: aside.get(line.armInSweep) * Math.sqrt(Math.max(first, end / 2) * end), y: line.metrics[name].mean,
+        text: `<b>${mixlab.plotlyText(look.name)}</b><br>positions ${first} to ${end - 1}: ${mixlab.spread(line.metrics[name])}` })), { error_y: mixlab.bars(known.map(({ name }) => line.metrics[name]), look.color) });
+    }).filter((trace) => trace.x.length > 0);
+    const x = mixlab.scale({ name: "factor/position", label: "position (tokens)", unit: "" }, of.map(({ end }) => end), true, theme, true, 6).layout;
+    x.range[0] -= 0.25;
+    return { title: cell === "all" ? "" : cell, x, y: mixlab.scale(axis, traces.flatMap((trace) => trace.y), false, theme, false, 6).layout, traces };
+  })).filter((panel) => panel.traces.length > 0);
+  return { panels, looks: panels.length ? mixlab.looksOf(about, lines.map((line) => line.armInSweep)) : [], caption: "Means of buckets of positions, at their geometric middle, with 95 % intervals over seeds." };
+};
+
+// Mean and range over the seeds, a row for each arm, cell and layer.
+mixlab.memoryPanels = function (about) {
+  const { one, cells, theme } = about;
+  const measures = [["gate_mean", "mean gate", true], ["slot_coverage", "slots read, share of all", true], ["slot_collisions", "reads of a slot read before", true], ["slot_kl_uniform", "KL from uniform (nats)", false]];
+  const groups = new Map();
+  for (const each of (one.memory_use ?? []).filter((use) => about.lookOf(use.arm) && cells.includes(use.cell))) {
+    const name = [about.lookOf(each.arm).name, each.cell === "all" ? "" : each.cell, `layer ${each.layer.split("/")[0]}`].filter(Boolean).join(", ");
+    groups.set(name, [...(groups.get(name) ?? []), each]);
+  }
+  const panels = [...groups].flatMap(([name, runs]) => measures.map(([metric, label, isShare], i) => panel(i === 0 ? name : "", runs, metric, label, isShare)));
+  return { panels, looks: mixlab.looksOf(about, [...groups.values()].flat().map((each) => each.arm)), caption: "Line: mean over seeds; band: their range." };
+
+  function panel(title, runs, metric, label, isShare) {
+    const at = new Map();
+    for (const run of runs) run.steps.forEach((step, i) => { const value = run.values[metric]?.[i]; if (Number.isFinite(value)) at.set(step, [...(at.get(step) ?? []), value]); });
+    const steps = [...at.keys()].sort((a, b) => a - b), values = steps.map((step) => at.get(step));
+    const look = about.lookOf(runs[0].arm), mean = values.map((all) => all.reduce((sum, value) => sum + value, 0) / all.length);
+    const edge = (pick) => ({ type: "scatter", mode: "lines", x: steps, y: values.map((all) => pick(...all)), hoverinfo: "skip", hovertemplate: null, line: { width: 0, color: look.color } });
+    const base = { gridcolor: theme.grid, linecolor: theme.quiet, zerolinecolor: theme.grid, showline: true, ticks: "outside", automargin: true };
+    return { title, x: { ...base, title: { text: "training step", standoff: 6 } }, y: { ...base, title: { text: label, standoff: 6 }, ...(isShare ? { range: [-0.04, 1.04] } : { rangemode: "tozero" }) },
+      traces: [edge(Math.min), { ...edge(Math.max), fill: "tonexty", fillcolor: look.color + "40" },
+        mixlab.curve(look, steps.map((step, i) => ({ x: step, y: mean[i], text: `<b>${mixlab.plotlyText(look.name)}</b>, step ${step}<br>${label}: ${Number(mean[i].toPrecision(3))} (${values[i].length} seeds)` })), { mode: "lines" })] };
+  }
+};

@@ -80,7 +80,7 @@ mixlab.drawFindings = function (host, found, shown) {
     if (all.length === 0) return null;
     const rows = all.map((each) => [each.arm, each.cell, `${each.n_finished}/${each.n_planned}`, each.best === null ? "–" : String(Number(each.best.toPrecision(4))),
       Object.entries(each.chosen).map(([name, value]) => `${name}=${value}`).join(", "),
-      each.sensitivity.map((s) => (s.edge ? (s.edge.startsWith("high") ? "▲ " : "▼ ") : "") + (s.ratio === null ? "" : `${s.open_low || s.open_high ? "≥ " : ""}${Number(s.ratio.toPrecision(3))}x`)).join(", ")]);
+      each.sensitivity.map((s) => (s.edge && s.n_values >= 3 ? (s.edge === "high" ? "▲ " : "▼ ") : "") + (s.ratio === null ? "" : `${s.open_low || s.open_high ? "≥ " : ""}${Number(s.ratio.toPrecision(3))}x`)).join(", ")]);
     return [...(equal ? [] : [e("p", { class: "failed-word" }, "Tuning was not equal: " + faults.join("; "))]),
       table([["arm", true], ["cell", true], ["trials"], ["best select"], ["chosen", true], ["range near the best"]], rows, "Tuning"),
       ...(edges.length ? [e("p", { class: "quiet" }, `▲ ▼ In ${edges.length} of ${all.length} arm-cells the best setting is the highest or lowest tried: better ones may lie outside.`)] : [])];

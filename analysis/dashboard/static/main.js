@@ -220,7 +220,10 @@
   function drawFindings(shown) {
     const isPossible = !shown.x.name.startsWith("factor/");
     const found = isPossible ? loadFindings(shown) : [];
-    if (found !== null) mixlab.drawFindings(byId("findings"), found, shown);
+    if (found === null) return;
+    mixlab.drawFindings(byId("findings"), found, shown);
+    // curves do not hang on the axes: a report has them for any
+    mixlab.drawFigures(byId("figures"), embedded === null ? found : [source.curves(shown.model.sweeps[0].name)], shown);
   }
 
   async function pick(arm, cell, sweep) {

@@ -27,9 +27,12 @@ mixlab.Source = class {
 
   // What is inferred beside the means, for these axes; a report holds it for its own axes only: null for others.
   async statistics(sweep, x, y) {
-    if (this.embedded !== null) return this.embedded.x === x && this.embedded.y === y && this.embedded.paired ? { ...this.embedded, sweep } : null;
+    if (this.embedded !== null) return this.embedded.x === x && this.embedded.y === y && this.embedded.paired ? this.curves(sweep) : null;
     return this.ask("compare/statistics", { experiment: sweep, x, y });
   }
+
+  // All that a report holds of its sweep.
+  curves(sweep) { return { ...this.embedded, sweep, trials: this.embedded.comparisons }; }
 
   async ask(path, values) {
     const query = new URLSearchParams(values);
