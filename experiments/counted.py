@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import statistics
-from dataclasses import dataclass
+import typing
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from experiments.pattern import MixerSpec, parse_pattern
 from experiments.run import longest_report_sample
 from experiments.tasks import build_task
 from experiments.tasks.base import TaskConfig
+from mixers import registry
 from mixers.base import Mixer, Slot, state_bytes
 
 Quantity = Literal["parameters", "state_bytes", "flops_per_token"]
@@ -113,9 +115,17 @@ def _layer_state(
 def _measured(
     config: ModelConfig, layer: tuple[tuple[Slot, MixerSpec], ...], scope: str | None, n_tokens: int, bf16: bool
 ) -> CountedCost:
-    mixers = {slot: build_mixer(spec, config.d_model, scope) for slot, spec in layer}
+    mixers = {slot: build_mixer(_readable(spec), config.d_model, scope) for slot, spec in layer}
     block = Block(config, mixers).eval()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         _, state, _ = block(torch.zeros(1, n_tokens, config.d_model), None, True, None)
     own = sum(state_bytes(part) for name, part in state.items() if name in mixers)
     return CountedCost(float(state_bytes(state)), float(own))
+
+
+def _readable(spec: MixerSpec) -> MixerSpec:
+    """The same mixer by its readable path: its state is the whole one, which runs count whatever they store of it."""
+    field = registry.get(spec.name).Config.model_fields.get("impl")
+    if field is None or "reference" not in typing.get_args(field.annotation):
+        return spec
+    return replace(spec, options=tuple(sorted({**dict(spec.options), "impl": "reference"}.items())))

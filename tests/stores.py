@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import ctypes
 import importlib.util
 import os
@@ -130,8 +131,17 @@ def postgres() -> Iterator[str]:
                 time.sleep(0.1)
             yield f"postgresql://mixlab@127.0.0.1:{port}/postgres"
         finally:
+            close_connections("postgresql")
             server.send_signal(signal.SIGINT)  # what PostgreSQL calls a fast shutdown
             server.wait(timeout=30)
+
+
+def close_connections(dialect: str) -> None:
+    """Close what pools of this process keep open: MLflow holds on to the engines of its stores."""
+    from sqlalchemy import Engine
+
+    for engine in [each for each in gc.get_objects() if type(each) is Engine and each.dialect.name == dialect]:
+        engine.dispose()
 
 
 def _exists(user: str) -> bool:

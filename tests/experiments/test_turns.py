@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import socket
 import time
 
 from experiments.turns import Turns
@@ -65,5 +66,5 @@ def test_devices_are_apart_and_without_a_folder_every_turn_is_free(tmp_path, mon
         with cpu.alone(), gpu.alone(), free.alone(), free.shared():
             pass
         assert {path.name for path in (tmp_path / ".turns").iterdir()} == {
-            "cpu.gate", "cpu.work", "cuda-0-1-2.gate", "cuda-0-1-2.work",
-        }  # fmt: skip
+            f"{socket.gethostname()}-{name}" for name in ("cpu.gate", "cpu.work", "cuda-0-1-2.gate", "cuda-0-1-2.work")
+        }
