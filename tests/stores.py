@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import ctypes
+import gc
 import importlib.util
 import os
 import pwd
