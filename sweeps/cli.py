@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -130,6 +131,8 @@ def _run(
         tracked=not no_tracking,
         **options,
     )
+    if result.interrupted:  # all is saved: one more Ctrl-C must not change how this process ends
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise SystemExit(result.exit_code)
 
 
