@@ -104,6 +104,7 @@ def fwpkm(json_to: str | None, quick: bool, **options: Any) -> None:
 def _values(report: Report, was_interrupted: bool = False) -> dict[str, Any]:
     from dataclasses import asdict
 
+    from experiments.bench.fwpkm import isolation
     from experiments.bench.goals import goals
 
     return {
@@ -112,6 +113,7 @@ def _values(report: Report, was_interrupted: bool = False) -> dict[str, Any]:
         "settings": asdict(report.settings),
         "machine": report.machine,
         "copy_bytes_per_s": report.copy_bytes_per_s,
+        "isolation": isolation(report.settings),
         "rows": report.rows,
         "goals": goals(report.rows, report.settings.device),
     }
