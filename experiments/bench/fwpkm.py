@@ -19,7 +19,7 @@ from experiments.bench.package import DIFFERENCES, INSTALL, is_installed
 from experiments.errors import UserError
 
 LAYER_TOKENS = 1024
-SIDE_BY_SIDE = "a process for every row; rounds of one call each in turn"
+SIDE_BY_SIDE = "a process for every row, which take turns"
 ONE_BY_ONE = "a process for every row, one after another"
 # n, K = V, C, B and scope of what tests, tutorials and small sweeps run.
 SMALL_SIZES = [

@@ -162,6 +162,7 @@ def _answer(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any
 def _serve(pipe: Connection, case: Case, n_threads: int, with_memory: bool, size: model.ModelSize) -> None:
     """The process of an :class:`Arm`: its first calls, then a call or more for every word that comes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()  # to look for garbage in all that is imported would take longer than a small case
     torch.set_num_threads(n_threads)
     try:
         operation, found = _first_calls(case, with_memory, size)
