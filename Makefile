@@ -29,7 +29,8 @@ chaos: $(VENV)/.ready-dev
 	$(BIN)/python -m tests.chaos
 
 gpu-check: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.ready-dev)
-	$(GPU_PYTHON) -m pytest -n $(GPU_WORKERS) --max-worker-restart 100 -m cuda --gpu-report gpu-check.md tests/mixers
+	$(GPU_PYTHON) -m pytest -n $(GPU_WORKERS) --max-worker-restart 100 --timeout-method thread -m cuda \
+		--gpu-report gpu-check.md tests/mixers
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
