@@ -193,6 +193,13 @@ def test_the_database_of_users_is_its_owners_alone(team: Team) -> None:
     assert stat.S_IMODE(os.stat(team.runs / "auth.db").st_mode) == 0o600
 
 
+def test_the_database_of_users_can_come_before_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_AUTH_ADMIN_PASSWORD", "twelve characters")
+    users = tmp_path / "runs" / "auth.db"
+    Login(f"sqlite:///{users}").check()
+    assert stat.S_IMODE(users.stat().st_mode) == 0o600
+
+
 def test_a_login_that_cannot_work_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_AUTH_ADMIN_PASSWORD", raising=False)
     with pytest.raises(UserError, match=r"--auth: there are no users yet; set MLFLOW_AUTH_ADMIN_PASSWORD"):
