@@ -144,7 +144,8 @@ def _in_blocks(
         parts.append(_equal_blocks(n_blocks, middle, *seen_by(middle, block)))
     if stop < n_queries:
         parts.append(_sdpa(rest, *seen_by(rest, stop)))
-    return torch.cat(parts, dim=2)
+    # As the kernels lay it out, by token: who joins the heads then need not copy.
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
 
 
 def _equal_blocks(
