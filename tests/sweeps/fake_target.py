@@ -39,9 +39,12 @@ BEST_LR = 3e-3
 def run_experiment(
     config: ExperimentConfig, identity: RunIdentity, runs: Path, *, tracking: Any, on_progress: OnProgress
 ) -> RunOutcome:
+    import torch  # the worker has it; a driver that knows this module's name does without
+
     behaviour = json.loads(os.environ.get("MIXLAB_FAKE_TARGET", "{}"))
     folder = run_folder(runs, identity.sweep, identity.key)
     write_identity(folder, identity, config.resolved())
+    write_json(folder / "environment.json", {"n_threads": torch.get_num_threads()})
     (folder / "outcome.json").unlink(missing_ok=True)
     print(f"training {identity.key}")
     fates = behaviour.get("outcome", {})

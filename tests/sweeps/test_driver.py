@@ -259,11 +259,17 @@ def test_a_metric_that_no_run_has_ends_the_sweep_with_the_names_there_are(tmp_pa
 
 
 def test_an_edited_sweep_keeps_what_it_has_and_counts_what_it_plans(tmp_path, behave):
-    drive(tiny(tmp_path), tmp_path / "runs")
-    result, _ = drive(tiny(tmp_path, seeds=[1, 2]), tmp_path / "runs")
+    drive(tiny(tmp_path), tmp_path / "runs", n_workers=1)
+    result, events = drive(tiny(tmp_path, seeds=[1, 2], threads=3), tmp_path / "runs")
     assert result.outcomes == {"finished": 4}
     assert sum(completions(tmp_path / "runs").values()) == 6
     assert len(read_saved(tmp_path / "runs", "tiny").runs) == 4
+    # One thread in each run, whatever the number of workers and cores, until the file says otherwise.
+    records = read_sweep_runs(tmp_path / "runs", "tiny")
+    threads = {(r.identity.seed, read_json(r.folder / "environment.json")["n_threads"]) for r in records}
+    assert threads == {(0, 1), (1, 1), (2, 3)}
+    notes = [event["message"] for event in events if event["event"] == "note"]
+    assert [note.partition(":")[0] for note in notes] == ["its runs have had threads=1 so far, those to come have 3"]
 
 
 def test_a_bad_plan_creates_nothing(tmp_path, behave):

@@ -131,19 +131,23 @@ LAPTOP, NODE = {"CPU": 2.0}, {"CPU": 16.0, "GPU": 2.0}
 
 
 @pytest.mark.parametrize(
-    ("device", "machines", "n_workers", "per_gpu", "expected"),
+    ("device", "threads", "machines", "n_workers", "per_gpu", "expected"),
     [
-        ("auto", [LAPTOP], None, None, RayShare(2, 1.0)),
-        ("auto", [LAPTOP], 8, None, RayShare(8, 0.25)),
-        ("cpu", [NODE, LAPTOP], 4, None, RayShare(4, 4.0)),
-        ("auto", [NODE, LAPTOP], None, None, RayShare(2, 8.0, 1.0)),
-        ("cuda", [NODE, NODE, LAPTOP], None, 8, RayShare(32, 1.0, 0.125)),
-        ("cuda", [NODE], 3, None, RayShare(3, 5.0, 0.5)),
-        ("cpu", [{"CPU": 3.0}, {"CPU": 3.0}], 3, None, RayShare(3, 1.0)),
+        ("auto", 1, [LAPTOP], None, None, RayShare(2, 1.0)),
+        ("auto", 1, [LAPTOP], 8, None, RayShare(8, 0.25)),
+        ("cpu", 1, [NODE, LAPTOP], 4, None, RayShare(4, 1.0)),
+        ("cpu", 4, [NODE, LAPTOP], None, None, RayShare(4, 4.0)),
+        ("cpu", 4, [LAPTOP], None, None, RayShare(1, 2.0)),
+        ("auto", 1, [NODE, LAPTOP], None, None, RayShare(2, 1.0, 1.0)),
+        ("cuda", 1, [NODE, NODE, LAPTOP], None, 8, RayShare(32, 1.0, 0.125)),
+        ("cuda", 8, [NODE], 3, None, RayShare(3, 5.0, 0.5)),
+        ("cpu", 3, [{"CPU": 3.0}, {"CPU": 3.0}], 3, None, RayShare(3, 1.0)),
+        ("cpu", 1, [{"CPU": 1.0}, {"CPU": 1.0}], 3, None, RayShare(3, 0.5)),
+        ("cpu", 1, [{"CPU": 2.0}, {"CPU": 1.0}], 4, None, RayShare(4, 0.6666)),
     ],
 )
-def test_what_each_worker_gets_of_a_cluster(tmp_path, device, machines, n_workers, per_gpu, expected):
-    planned = plan(tiny(tmp_path, base__train__device=device))
+def test_what_each_worker_gets_of_a_cluster(tmp_path, device, threads, machines, n_workers, per_gpu, expected):
+    planned = plan(tiny(tmp_path, base__train__device=device, threads=threads))
     assert ray_share(planned, machines, n_workers, 100, per_gpu) == expected
 
 
