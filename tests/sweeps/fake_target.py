@@ -6,7 +6,9 @@
     (train.eval_every > 0)    the select metric is reported after every step
     stuck_s                   an uninterruptible wait in every run
     outcome                   {"<seed or trial lr>": "diverged" | "raise" | "die" | "die_once" | "killed_thrice" |
-                              "hang_once" | "memory" | "memory_beside_others" | "disk_full"}
+                              "hang_once" | "memory" | "memory_beside_others" | "disk_full" | "lingers"}
+
+``lingers``: waits before its last step for the driver's word to prune it. The step that a run is at stands in step.txt.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from experiments.records import (
 
 TARGET = "tests.sweeps.fake_target:run_experiment"
 BEST_LR = 3e-3
+LINGERS_S = 60.0
 
 
 def run_experiment(
@@ -81,7 +84,12 @@ def run_experiment(
     try:
         while step < n_steps:
             time.sleep(behaviour.get("step_s", 0.0))
+            until = time.monotonic() + (LINGERS_S if fate == "lingers" and step == n_steps - 1 else 0.0)
+            while time.monotonic() < until:
+                on_progress(Progress(step, n_steps, so_far))
+                time.sleep(0.02)
             step += 1
+            (folder / "step.txt").write_text(str(step))
             so_far = {"select/accuracy": scores(config)["select/accuracy"] * step / n_steps} if evaluates else {}
             metrics = {"train/loss": 1 / step, "text": "not a number", **so_far}
             on_progress(Progress(step, n_steps, metrics, evaluated=evaluates and step < n_steps))
