@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.ray_cluster import RayCluster
+from tests.chaos.ray_cluster import RayCluster
 from tests.stores import MlflowServer
 
 TOP = Path(__file__).parent.parent.parent
