@@ -81,8 +81,11 @@ def test_settings_are_chosen_on_select_only_and_replicates_use_them(tmp_path, be
 
 def test_an_adaptive_search_runs_to_its_end(tmp_path, behave):
     sweep = tuned(tmp_path, 5, search__sampler="tpe")
-    result, _ = drive(sweep, tmp_path / "runs", n_workers=2)
+    result, events = drive(sweep, tmp_path / "runs", n_workers=2)
     assert result.outcomes == {"finished": 2 * (5 + 2)}
+    # As many replicates as there are workers wait for the last search, so that none idles while it ends.
+    roles = [event["role"] for event in events if event["event"] == "run_started"]
+    assert roles[:9] == ["tuning"] * 9  # the next two are started at once, in whatever order their workers say so
     assert max(completions(tmp_path / "runs").values()) == 1
     assert drive(sweep, tmp_path / "runs")[0] == result
     assert sum(completions(tmp_path / "runs").values()) == 14
