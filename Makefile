@@ -28,8 +28,10 @@ test: $(VENV)/.ready-dev
 chaos: $(VENV)/.ready-dev
 	$(BIN)/python -m tests.chaos
 
+# The test processes fill the cores: each compiles by itself, without a pool of its own.
 gpu-check: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.ready-dev)
-	$(GPU_PYTHON) -m pytest -n $(GPU_WORKERS) --max-worker-restart 100 -m cuda --gpu-report gpu-check.md tests/mixers
+	TORCHINDUCTOR_COMPILE_THREADS=1 $(GPU_PYTHON) -m pytest -n $(GPU_WORKERS) --max-worker-restart 100 --timeout-method thread -m cuda \
+		--gpu-report gpu-check.md tests/mixers
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .

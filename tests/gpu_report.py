@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
+import threading
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,26 +19,58 @@ import torch
 
 CONTRACT = re.compile(r"test_contract_cuda\.py::test_contract\[(?P<subject>.+)-(?P<check>[a-z0-9_]+)\]$")
 WRITE_EVERY_S = 5.0
+# Workers that have told all results get this long to end; one that a kernel has spoilt may never.
+END_WITHIN_S = 60.0
 PACKAGES = ("torch", "triton", "fla-core", "flash-linear-attention", "flash-attn")
 
 
 class GpuReport:
     """A pytest plugin: collects results (those of xdist's workers too) and writes the page.
 
-    Every few seconds, so that what was found is there when the run is killed.
+    Every few seconds, so that what was found is there when the run is killed. The run itself ends once every result
+    is in, even if a process that a fault in a kernel has spoilt does not.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, end_within_s: float = END_WITHIN_S) -> None:
         self.path = path
+        self.end_within_s = end_within_s
+        self.expected: set[str] = set()
         self.results: dict[str, tuple[str, str]] = {}
         self.written_at = 0.0
+
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        self.terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
+        self.expected = set(ids)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
             self.results[report.nodeid] = (report.outcome, reason(report))
+            if self.expected and self.expected <= set(self.results):
+                self.end_in_time()
         if time.monotonic() - self.written_at > WRITE_EVERY_S:
             self.write(finished=False)
 
+    def end_in_time(self) -> None:
+        self.expected = set()
+        timer = threading.Timer(self.end_within_s, self.end)
+        timer.daemon = True
+        timer.start()
+
+    def end(self) -> None:
+        self.write(finished=True)
+        failed = {nodeid: why for nodeid, (outcome, why) in self.results.items() if outcome == "failed"}
+        lines = [f"FAILED {nodeid}: {why}" for nodeid, why in sorted(failed.items())]
+        lines.append(f"{len(failed)} of {len(self.results)} tests failed. GPU report: {self.path}")
+        lines.append(
+            f"All results are in, but a worker did not end within {self.end_within_s:.0f} s: ended without it."
+        )
+        self.terminal.write_line("\n" + "\n".join(lines), flush=True)
+        os._exit(1 if failed else 0)
+
+    @pytest.hookimpl(tryfirst=True)  # before the workers are waited for
     def pytest_sessionfinish(self) -> None:
         self.write(finished=True)
 

@@ -39,6 +39,7 @@ class Login:
             )
         if is_new and file is not None:
             try:
+                file.parent.mkdir(parents=True, exist_ok=True)  # the folder of runs, before the first run
                 os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))  # hashes of passwords: for the owner alone
             except OSError as error:
                 raise UserError(f"--auth-store {file}: can't be written: {error.strerror}") from None

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.analysis import planted
+from tests.analysis.browser import LIMIT_S
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
@@ -124,9 +125,9 @@ def dashboard(store: Store) -> Iterator[str]:
     process = start_dashboard(*options, "--store", store.uri)
     yield f"http://127.0.0.1:{port}/lab"
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=15)
+    said, _ = process.communicate(timeout=60)
     assert process.returncode == 0, said
-    assert gone_within(f"--port {port}", 1.0), "the dashboard left a process behind"
+    assert gone_within(f"--port {port}", 30.0), "the dashboard left a process behind"
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +138,9 @@ def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as started:
         chromium = started.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
         # one context: its pages share a cache, and plotly.js is large
-        yield chromium.new_context(viewport={"width": 1280, "height": 900})
+        context = chromium.new_context(viewport={"width": 1280, "height": 900})
+        context.set_default_timeout(1000 * LIMIT_S)
+        yield context
         chromium.close()
 
 
@@ -152,7 +155,6 @@ class Watched(NamedTuple):
 @pytest.fixture
 def watched(browser: Any) -> Iterator[Watched]:
     page = browser.new_page()
-    page.set_default_timeout(30_000)
     errors: list[str] = []
     requests: list[str] = []
     page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)

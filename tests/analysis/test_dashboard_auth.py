@@ -81,7 +81,7 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
             yield found
         finally:
             process.send_signal(signal.SIGINT)
-            said, _ = process.communicate(timeout=20)
+            said, _ = process.communicate(timeout=60)
         assert process.returncode == 0, said
 
 
@@ -184,13 +184,20 @@ def test_a_reader_writes_nothing_and_a_writer_only_where_allowed(team: Team) -> 
 def test_another_name_for_the_server_is_refused(team: Team) -> None:
     request = urllib.request.Request(f"{team.address}/sweeps", headers={"Host": "evil.example"})
     with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(request, timeout=20)
+        urllib.request.urlopen(request, timeout=60)
     with caught.value:
         assert caught.value.code == 403
 
 
 def test_the_database_of_users_is_its_owners_alone(team: Team) -> None:
     assert stat.S_IMODE(os.stat(team.runs / "auth.db").st_mode) == 0o600
+
+
+def test_the_database_of_users_can_come_before_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_AUTH_ADMIN_PASSWORD", "twelve characters")
+    users = tmp_path / "runs" / "auth.db"
+    Login(f"sqlite:///{users}").check()
+    assert stat.S_IMODE(users.stat().st_mode) == 0o600
 
 
 def test_a_login_that_cannot_work_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,16 +15,20 @@ import pytest
 from analysis.comparison import compare
 from analysis.palette import COLORS, MARKERS
 from analysis.runs import rows_from_records
+from tests.analysis.browser import (
+    eventually,
+    expect,
+    expect_in_address,
+    open_any,
+    open_plot,
+    points,
+    wait_for_points,
+    wait_until,
+)
 from tests.analysis.conftest import Store, Watched
-from tests.analysis.test_dashboard import get, open_page, points, wait_until
+from tests.analysis.test_dashboard import get
 
 PAGES = ("sweeps", "compare?sweep=mqar_state", "mixers", "mixers?name=fwpkm")
-
-
-def open_any(watched: Watched, address: str) -> Any:
-    watched.page.goto(address)
-    wait_until(watched.page, "document.getElementById('status').textContent !== 'Loading …'")
-    return watched.page
 
 
 def download(page: Any, button: str) -> bytes:
@@ -34,25 +38,25 @@ def download(page: Any, button: str) -> bytes:
 
 
 def test_the_overview_counts_runs_and_shows_the_best(store: Store, dashboard: str, watched: Watched) -> None:
-    page = open_any(watched, f"{dashboard}/sweeps")
+    page = open_any(watched.page, f"{dashboard}/sweeps")
     card = page.locator('article[data-sweep="mqar_state"]')
-    assert card.locator(".bar").get_attribute("aria-label") == "52 finished, 1 diverged, 73 to come"
-    assert "53 of 126 runs ended" in card.inner_text().replace("\n", " ")
+    expect(card.locator(".bar")).to_have_attribute("aria-label", "52 finished, 1 diverged, 73 to come")
+    expect(card).to_contain_text("53 of 126 runs ended")
     card.locator("summary").click()
     _, rows = rows_from_records(store.runs, "mqar_state")
     best = max(row.metrics["select/accuracy"] for row in rows if row.cell == "n_pairs=64" and row.outcome == "finished")
     top = card.locator("tr", has_text="attention").locator("td").nth(2)
-    assert top.inner_text().startswith(f"{best:.4g}"[:5])
-    assert "top" in top.get_attribute("class")
+    expect(top).to_have_text(re.compile("^" + re.escape(f"{best:.4g}"[:5])))
+    expect(top).to_have_class("top")
     page.fill("#query", "hostile")
-    assert page.locator("article").count() == 1
-    assert "q=hostile" in page.url
+    expect(page.locator("article")).to_have_count(1)
+    expect_in_address(page, "q=hostile")
     page.fill("#query", "")
     for name in ("mqar_state", "hostile"):
         page.get_by_label(f"Choose {name} for").check()
     page.click("#together")
-    page.wait_for_selector("#plot .points path", state="attached")
-    assert page.locator("#title").inner_text() == "2 sweeps"
+    wait_for_points(page)
+    expect(page.locator("#title")).to_have_text("2 sweeps")
     assert watched.errors == []
 
 
@@ -76,44 +80,36 @@ def test_a_sweep_that_goes_on_is_followed_without_reloading(store: Store, dashbo
 
     end(begin(0), 0.25)
     second = begin(1)
-    page = open_any(watched, f"{dashboard}/sweeps")
+    page = open_any(watched.page, f"{dashboard}/sweeps")
     card = page.locator('article[data-sweep="live"]')
-    assert "1 running" in card.inner_text()
-    compared = watched.page.context.new_page()
-    compared.goto(f"{dashboard}/compare?sweep=live&ylog=0")
-    compared.wait_for_selector("#plot .points path", state="attached")
-    assert points(compared) == {("softmax", "all"): (64, 0.25)}
+    expect(card).to_contain_text("1 running")
+    compared = open_plot(watched.page.context.new_page(), f"{dashboard}/compare?sweep=live&ylog=0")
+    eventually(lambda: points(compared), {("softmax", "all"): (64, 0.25)})
     end(second, 0.75)
-    wait_until(page, "document.querySelector('article[data-sweep=live]').innerText.includes('2 finished')")
-    assert "running" not in card.locator("h2").inner_text()
-    wait_until(compared, "document.getElementById('plot').data.some((t) => t.y.includes(0.5))")
-    assert "ylog=0" in compared.url
+    expect(card).to_contain_text("2 finished")
+    expect(card.locator("h2")).not_to_contain_text("running")
+    eventually(lambda: points(compared), {("softmax", "all"): (64, 0.5)})
+    expect_in_address(compared, "ylog=0")
     compared.close()
     client.delete_experiment(experiment)
     assert watched.errors == []
 
 
 def test_several_sweeps_stand_in_one_picture(dashboard: str, watched: Watched) -> None:
-    page = open_page(watched, f"{dashboard}/compare?sweep=mqar_state&sweep=hostile&facet=none&color=sweep")
-    drawn = page.evaluate(
-        "document.getElementById('plot').data.flatMap((t) => t.customdata ?? []).map((who) => who[2])"
-    )
-    assert set(drawn) == {"mqar_state", "hostile"}
-    assert page.locator("#plot .cartesianlayer .subplot").count() == 1
-    assert (
-        page.locator("#key span").all_inner_texts() == [" mqar_state", " hostile"]
-        or page.locator("#key > span").count() == 2
-    )
+    page = open_plot(watched.page, f"{dashboard}/compare?sweep=mqar_state&sweep=hostile&facet=none&color=sweep")
+    drawn = "document.getElementById('plot').data.flatMap((t) => t.customdata ?? []).map((who) => who[2])"
+    eventually(lambda: set(page.evaluate(drawn)), {"mqar_state", "hostile"})
+    expect(page.locator("#plot .cartesianlayer .subplot")).to_have_count(1)
+    expect(page.locator("#key > span")).to_have_text(["mqar_state", "hostile"])
     page.select_option("#facet", "sweep")
-    assert page.locator("#plot .cartesianlayer .subplot").count() == 2
-    assert "color=sweep" in page.url
-    assert "facet=sweep" in page.url
+    expect(page.locator("#plot .cartesianlayer .subplot")).to_have_count(2)
+    expect_in_address(page, "color=sweep", "facet=sweep")
     assert watched.errors == []
 
 
 def test_what_is_on_screen_is_saved(store: Store, dashboard: str, watched: Watched) -> None:
-    page = open_page(
-        watched, f"{dashboard}/compare?sweep=mqar_state&cell=n_pairs%3D8&arm=FwPKM&arm=linear&x=report/loss"
+    page = open_plot(
+        watched.page, f"{dashboard}/compare?sweep=mqar_state&cell=n_pairs%3D8&arm=FwPKM&arm=linear&x=report/loss"
     )
     rows = list(csv.DictReader(io.StringIO(download(page, "#save-csv").decode())))
     saved, found = rows_from_records(store.runs, "mqar_state")
@@ -134,10 +130,10 @@ def test_what_is_on_screen_is_saved(store: Store, dashboard: str, watched: Watch
 
 
 def test_a_mixer_shows_its_contract_costs_and_runs(store: Store, dashboard: str, watched: Watched) -> None:
-    page = open_page(watched, f"{dashboard}/mixers?name=fwpkm")
-    assert "mixlab check fwpkm --json > RUNS/checks/fwpkm.json" in page.locator("#contract").inner_text()
-    assert "mixlab bench mixers fwpkm --json" in page.locator("#bench").inner_text()
-    assert page.locator("#runs tbody tr").count() >= 3
+    page = open_plot(watched.page, f"{dashboard}/mixers?name=fwpkm")
+    expect(page.locator("#contract")).to_contain_text("mixlab check fwpkm --json > RUNS/checks/fwpkm.json")
+    expect(page.locator("#bench")).to_contain_text("mixlab bench mixers fwpkm --json")
+    expect(page.locator("#runs tbody tr").nth(2)).to_be_visible()
     checks = [{"name": "causality", "status": "failed", "message": "<img src=x onerror='window.pwned=1'> at token 3"}]
     (store.runs / "checks").mkdir()
     (store.runs / "checks" / "all.json").write_text(json.dumps([{"name": "fwpkm", "ok": False, "checks": checks}]))
@@ -151,27 +147,28 @@ def test_a_mixer_shows_its_contract_costs_and_runs(store: Store, dashboard: str,
     growth = [{"label": "fwpkm(top_k=4)", "cost": "prefill_seconds", "exponent": 1.0, "low": 0.9, "high": 1.1}]
     (store.runs / "bench" / "b.json").write_text(json.dumps({"rows": rows, "growth": growth}))
     page.reload()
-    page.wait_for_selector("#plot .points path", state="attached")
-    assert "breaks the contract" in page.locator("#contract").inner_text()
-    assert "<img src=x" in page.locator("#contract").inner_text()
-    assert "prefill seconds grows as T^1 [0.9, 1.1]" in page.locator("#bench").inner_text()
-    assert page.evaluate("document.getElementById('bench-plot').data.map((t) => [t.x, t.y])") == [
-        [[512, 2048, 8192], [512e-4, 2048e-4, 8192e-4]]
-    ]
+    wait_for_points(page)
+    expect(page.locator("#contract")).to_contain_text("breaks the contract")
+    expect(page.locator("#contract")).to_contain_text("<img src=x")
+    expect(page.locator("#bench")).to_contain_text("prefill seconds grows as T^1 [0.9, 1.1]")
+    drawn = "(document.getElementById('bench-plot').data ?? []).map((t) => [t.x, t.y])"
+    eventually(lambda: page.evaluate(drawn), [[[512, 2048, 8192], [512e-4, 2048e-4, 8192e-4]]])
     assert "unseen_mixer" not in page.content()
     page.select_option("#y", "cost/flops_per_token")
-    assert "y=cost%2Fflops_per_token" in page.url
+    expect_in_address(page, "y=cost%2Fflops_per_token")
     page.click("#runs a >> nth=0")
     page.wait_for_selector("#table tr[data-arm]")
-    assert "/compare?sweep=" in page.url
+    expect_in_address(page, "/compare?sweep=")
     assert page.evaluate("window.pwned") is None
-    page = open_any(watched, f"{dashboard}/mixers")
-    assert {"fwpkm", "softmax", "pkm"} <= set(page.locator("#all tbody th").all_inner_texts())
+    page = open_any(watched.page, f"{dashboard}/mixers")
+    for mixer in ("fwpkm", "softmax", "pkm"):
+        expect(page.locator("#all tbody th").get_by_text(mixer, exact=True)).to_be_visible()
     assert watched.errors == []
 
 
 def test_everything_can_be_reached_and_done_with_the_keyboard(dashboard: str, watched: Watched) -> None:
-    page = open_page(watched, f"{dashboard}/compare?sweep=mqar_state")
+    page = open_plot(watched.page, f"{dashboard}/compare?sweep=mqar_state")
+    expect(page.locator("#findings details").first).to_be_visible()  # all is there, and what has the focus will stay
     page.evaluate("document.activeElement.blur()")
     reached = []
     for _ in range(45):
@@ -188,20 +185,19 @@ def test_everything_can_be_reached_and_done_with_the_keyboard(dashboard: str, wa
     assert [reached.index(name) for name in order] == sorted(reached.index(name) for name in order)
     page.focus("#intervals")
     page.keyboard.press("Space")
-    assert "intervals=0" in page.url
+    expect_in_address(page, "intervals=0")
     page.focus("#cells summary")
     page.keyboard.press("Enter")
-    assert page.locator("#cells li").first.is_visible()
+    expect(page.locator("#cells li").first).to_be_visible()
     page.focus("#cells input[type=search]")
     page.keyboard.press("Escape")
-    assert not page.locator("#cells li").first.is_visible()
+    expect(page.locator("#cells li").first).to_be_hidden()
     page.focus("#table a >> nth=0")
     page.keyboard.press("Enter")
-    page.wait_for_selector("#details h3")
-    assert page.evaluate("document.activeElement.tagName") == "H3"
+    expect(page.locator("#details h3")).to_be_focused()
     page.keyboard.press("Shift+Tab")
     page.keyboard.press("Enter")
-    assert page.locator("#details").is_hidden()
+    expect(page.locator("#details")).to_be_hidden()
     assert watched.errors == []
 
 
@@ -231,13 +227,19 @@ UNNAMED = """() => [...document.querySelectorAll("input, select, button, a, summ
 @pytest.mark.parametrize("address", PAGES)
 def test_pages_fit_a_phone_and_can_be_read_light_and_dark(dashboard: str, watched: Watched, address: str) -> None:
     watched.page.set_viewport_size({"width": 375, "height": 700})
-    page = open_any(watched, f"{dashboard}/{address}")
+    page = open_any(watched.page, f"{dashboard}/{address}")
+    if "=" in address:
+        wait_for_points(page)
+    if address.startswith("compare"):
+        expect(page.locator("#findings details").first).to_be_visible()
     for theme in ("light", "dark"):
         page.select_option("#theme", theme)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 375
-        assert page.evaluate(CONTRAST) == []
-        assert f"theme={theme}" in page.get_by_role("link", name="Sweeps").first.get_attribute("href")
-    assert page.evaluate(UNNAMED) == []
+        expect(page.locator("html")).to_have_attribute("data-theme", theme)
+        wait_until(page, "document.documentElement.scrollWidth <= 375")
+        eventually(lambda: page.evaluate(CONTRAST), [])
+        link = page.get_by_role("link", name="Sweeps").first
+        expect(link).to_have_attribute("href", re.compile(f"theme={theme}"))
+    eventually(lambda: page.evaluate(UNNAMED), [])
     assert watched.errors == []
 
 
@@ -298,13 +300,13 @@ def test_odd_names_tags_and_values_break_no_page_and_become_no_script(
         assert status == 200
         assert not re.search(r"\b(NaN|Infinity)\b", body)
     name = next(sweep["name"] for sweep in json.loads(get(f"{dashboard}/compare/sweeps")[2]) if "odd" in sweep["name"])
-    page = open_any(watched, f"{dashboard}/sweeps")
+    page = open_any(watched.page, f"{dashboard}/sweeps")
     card = page.locator("article", has_text="odd")
     card.locator("summary").click()
-    assert "<img src=x" in card.inner_text()
+    expect(card).to_contain_text("<img src=x")
     card.locator("h2 a").first.click()
     page.wait_for_selector("#table tr[data-arm]")
-    assert name in page.locator("#title").inner_text()
+    expect(page.locator("#title")).to_contain_text(name)
     for axis in ("cost/state_bytes", "report/x y-z.w"):
         page.select_option("#x", axis)
         for log in ("#xlog", "#ylog"):
@@ -315,11 +317,11 @@ def test_odd_names_tags_and_values_break_no_page_and_become_no_script(
     page.wait_for_selector("#details h3")
     download(page, "#save-csv")
     page.goto(
-        page.url
+        page.evaluate("location.href")
         + "&x=%3Cimg%20src%3Dx%20onerror%3D%22window.pwned%3D1%22%3E&cell=nonsense&facet=constructor&arm=toString"
     )
     wait_until(page, "!document.getElementById('content').hidden")
-    open_any(watched, f"{dashboard}/mixers")
+    open_any(watched.page, f"{dashboard}/mixers")
     page.goto(f"{dashboard}/mixers?name=img")
     wait_until(page, "document.getElementById('status').textContent !== 'Loading …'")
     time.sleep(0.1)
@@ -329,6 +331,6 @@ def test_odd_names_tags_and_values_break_no_page_and_become_no_script(
 
 
 def test_the_page_has_the_palette_of_the_figures(dashboard: str, watched: Watched) -> None:
-    page = open_any(watched, f"{dashboard}/mixers?name=fwpkm")
+    page = open_any(watched.page, f"{dashboard}/mixers?name=fwpkm")
     assert page.evaluate("mixlab.COLORS") == list(COLORS)
     assert page.evaluate("mixlab.SYMBOLS") == [symbol for symbol, _ in MARKERS]

@@ -15,6 +15,7 @@ from analysis.payload import payload
 from analysis.runs import RunRow, rows_from_records
 from sweeps.saved import SavedSweep
 from tests.analysis import planted
+from tests.analysis.browser import eventually, expect, expect_in_address, open_plot, wait_for_points, wait_until
 from tests.analysis.conftest import HOSTILE, Watched
 
 
@@ -52,26 +53,23 @@ def test_hover_tells_the_settings_in_which_runs_differ(tmp_path: Path) -> None:
 
 def test_a_report_opens_from_a_file_with_nothing_else(tmp_path: Path, watched: Watched) -> None:
     address, values = write_report(tmp_path, planted.ARMS, (8, 32))
-    watched.page.goto(address)
-    watched.page.wait_for_selector("#plot .points path", state="attached")
-    assert watched.page.locator("#table tbody tr[data-arm]").count() == 12
-    assert watched.page.locator("#question").inner_text() == values["sweep"]["question"]
-    watched.page.select_option("#x", "cost/params")
-    watched.page.wait_for_function("location.hash.includes('x=cost%2Fparams')")
-    watched.page.reload()
-    watched.page.wait_for_selector("#plot .points path", state="attached")
-    assert watched.page.input_value("#x") == "cost/params"
+    page = open_plot(watched.page, address)
+    expect(page.locator("#table tbody tr[data-arm]")).to_have_count(12)
+    expect(page.locator("#question")).to_have_text(values["sweep"]["question"])
+    page.select_option("#x", "cost/params")
+    expect_in_address(page, "x=cost%2Fparams")
+    page.reload()
+    wait_for_points(page)
+    expect(page.locator("#x")).to_have_value("cost/params")
     assert watched.errors == []
     assert {url.split("#")[0] for url in watched.requests if not url.startswith("data:")} == {address}
 
 
 def test_names_stay_text_everywhere(tmp_path: Path, watched: Watched) -> None:
     address, _ = write_report(tmp_path, HOSTILE, (8,))
-    page = watched.page
-    page.goto(address)
-    page.wait_for_selector("#plot .points path", state="attached")
-    assert page.locator("#legend button").all_inner_texts() == list(HOSTILE)
-    assert [text.strip() for text in page.locator("td.arm").all_inner_texts()] == list(HOSTILE)
+    page = open_plot(watched.page, address)
+    eventually(lambda: page.locator("#legend button").all_inner_texts(), list(HOSTILE))
+    eventually(lambda: [text.strip() for text in page.locator("td.arm").all_inner_texts()], list(HOSTILE))
     n_traces = page.evaluate("document.getElementById('plot').data.length")
     for arm in HOSTILE:
         page.evaluate("Plotly.Fx.unhover('plot')")
@@ -80,10 +78,9 @@ def test_names_stay_text_everywhere(tmp_path: Path, watched: Watched) -> None:
         )
         assert 0 <= curve < n_traces
         page.evaluate("curve => Plotly.Fx.hover('plot', [{curveNumber: curve, pointNumber: 0}])", curve)
-        first = page.locator("#plot .hovertext text.nums tspan.line").first
-        assert arm in first.text_content().replace("\u00a0", " ")
+        expect(page.locator("#plot .hovertext text.nums tspan.line").first).to_contain_text(arm)
     page.locator("td.arm a").nth(1).click()
-    assert page.locator("#details h3").inner_text() == f"{list(HOSTILE)[1]}, n_pairs=8"
+    expect(page.locator("#details h3")).to_have_text(f"{list(HOSTILE)[1]}, n_pairs=8")
     assert page.evaluate("window.pwned") is None
     assert page.locator("#plot a, main img, main b").count() == 0
     assert watched.errors == []
@@ -136,14 +133,15 @@ def test_curves_are_drawn_from_the_findings_and_follow_what_is_shown(tmp_path: P
             name,
         )
 
-    titles = page.locator("#figures summary").all_inner_texts()
-    assert titles == [
+    titles = [
         "Recall over difficulty",
         "Tuning curves",
         "State over the context T",
         "Quality by position",
         "Use of memory over training",
     ]
+    eventually(lambda: page.locator("#figures summary").all_inner_texts(), titles)
+    wait_until(page, "[...document.querySelectorAll('#figures .figure-plot')].every((plot) => plot.data?.length > 0)")
     # accuracy over pairs, in the arm's own colour: a seed of FwPKM diverged at 64 pairs
     looks = {arm["name"]: arm for arm in values["sweep"]["arms"]}
     over = [trace for trace in traces("capacity") if trace["axis"] == "x"]
@@ -162,8 +160,8 @@ def test_curves_are_drawn_from_the_findings_and_follow_what_is_shown(tmp_path: P
 
     page.select_option("#x", "cost/params")  # the curves do not hang on the axes
     page.locator("#legend button", has_text="FwPKM").click()
-    page.wait_for_function("document.querySelectorAll('#figures > details').length === 4")
-    assert len([trace for trace in traces("capacity") if trace["axis"] == "x"]) == 2
+    expect(page.locator("#figures > details")).to_have_count(4)
+    eventually(lambda: len([trace for trace in traces("capacity") if trace["axis"] == "x"]), 2)
     page.set_viewport_size({"width": 390, "height": 800})
-    page.wait_for_function("document.documentElement.scrollWidth <= 390")
+    wait_until(page, "document.documentElement.clientWidth === 390 && document.documentElement.scrollWidth <= 390")
     assert watched.errors == []
