@@ -74,10 +74,19 @@ def tuned(folder: Path, n_trials: int = 4, text: str = "", **overrides: Any) -> 
     return tiny(folder, TUNED + text, budget__tune_trials=n_trials, **overrides)
 
 
+def one_arm(folder: Path, **overrides: Any) -> SweepConfig:
+    """The small sweep with its first arm only: where workers end, each one more costs seconds."""
+    path = write_sweep(folder, **{'[arms.wide]\nmixer = "softmax"\nmodel.d_model = 32\n': ""})
+    return load_sweep(path, {key.replace("__", "."): value for key, value in overrides.items()})
+
+
 def drive(sweep: SweepConfig, runs: Path, **options: Any) -> tuple[SweepResult, list[dict[str, Any]]]:
-    """Run a sweep in this process with real workers and the fake target; the result and all events."""
+    """Run a sweep in this process with a real worker and the fake target; the result and all events.
+
+    A worker's start takes seconds: there are two where a test is about what happens side by side.
+    """
     lines: list[str] = []
-    options = {"n_workers": 2, "tracked": False, "target": TARGET, **options}
+    options = {"n_workers": 1, "tracked": False, "target": TARGET, **options}
     result = run_sweep(sweep, runs, JsonView(lines.append), **options)
     return result, [json.loads(line) for line in lines]
 

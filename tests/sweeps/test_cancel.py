@@ -15,8 +15,8 @@ def test_cancel_ends_the_driver_with_all_states_saved(tmp_path):
     for line in driver.stdout:
         if json.loads(line)["event"] == "run_progress":
             break
-    assert cancel(runs, "tiny", wait_s=20) == driver.pid
-    driver.communicate(timeout=20)
+    assert cancel(runs, "tiny", wait_s=60) == driver.pid
+    driver.communicate(timeout=60)
     assert driver.returncode == 130
     assert list(runs.glob("tiny/*/checkpoint.json"))
     with pytest.raises(UserError, match="sweep tiny: no driver is running it; mixlab sweep status tiny"):
