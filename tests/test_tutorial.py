@@ -15,7 +15,7 @@ import pytest
 from tests.command import ROOT, mixlab
 
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
-# Minutes as pytest tells them, numbers with their unit, what stands where there is none, and the mark of the Pareto set.
+# Minutes as pytest tells them, numbers with unit, what stands where there is none, and the mark of the Pareto set.
 MEASURED = re.compile(r"\(\d+:\d\d:\d\d\)|±|●|–|[\d.,]*\d[\d.,]*(?:e-?\d+)? ?(?:[KMG]iB|B|k|M|G|s)?(?![A-Za-z])")
 
 
