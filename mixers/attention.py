@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from mixers.errors import UserError
@@ -143,7 +144,8 @@ def _in_blocks(
         parts.append(_equal_blocks(n_blocks, middle, *seen_by(middle, block)))
     if stop < n_queries:
         parts.append(_sdpa(rest, *seen_by(rest, stop)))
-    return torch.cat(parts, dim=2)
+    # As the kernels lay it out, by token: who joins the heads then need not copy.
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
 
 
 def _equal_blocks(
@@ -152,7 +154,7 @@ def _equal_blocks(
     """``n_blocks`` equal blocks of queries as sequences of one call; the window-1 keys before the first are given."""
     block = q.shape[2] // n_blocks
     if valid is not None:
-        valid = _windows(valid[:, None, :, None], block, n_blocks)[:, 0, :, 0]
+        valid = _Windows.apply(valid[:, None, :, None], block, n_blocks)[:, 0, :, 0]
     if sinks is not None:
         keys, values, index = sinks
         if index is not None:
@@ -160,16 +162,34 @@ def _equal_blocks(
             index = (index[:, None] - starts[:, None]).expand(q.shape[0], -1, -1).flatten(0, 1)
         sinks = Sinks(keys.repeat_interleave(n_blocks, dim=0), values.repeat_interleave(n_blocks, dim=0), index)
     queries = q.unflatten(2, (n_blocks, block)).transpose(1, 2).flatten(0, 1)
-    near_k, near_v = (_windows(x, block, n_blocks) for x in (k, v))
+    near_k, near_v = (_Windows.apply(x, block, n_blocks) for x in (k, v))
     out = _sdpa(queries, near_k, near_v, window, valid, sinks, scale)
     return out.unflatten(0, (q.shape[0], n_blocks)).transpose(1, 2).flatten(2, 3)
 
 
-def _windows(x: Tensor, block: int, n_blocks: int) -> Tensor:
-    """x (B,G,p + n block,K) -> (B*n,G,p + block,K): each block after the p entries before it."""
-    n_past = x.shape[2] - n_blocks * block
-    past, own = (x[:, :, at : at + n_blocks * block].unflatten(2, (n_blocks, block)) for at in (0, n_past))
-    return torch.cat([past[:, :, :, :n_past], own], dim=3).transpose(1, 2).flatten(0, 1)
+class _Windows(torch.autograd.Function):
+    """x (B,G,p + n block,K) -> (B*n,G,p + block,K): each block after the p < block entries before it.
+
+    A view for one sequence. Its backward is written out, as torch's for overlapping views adds entry by entry.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: int, n_blocks: int) -> Tensor:
+        ctx.sizes = x.shape, block, n_blocks
+        n_past = x.shape[2] - n_blocks * block
+        return x.unfold(2, n_past + block, block).permute(0, 2, 1, 4, 3).flatten(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_windows: Tensor) -> tuple[Tensor, None, None]:
+        shape, block, n_blocks = ctx.sizes
+        n_past, n_own = shape[2] - n_blocks * block, n_blocks * block
+        d_past, d_own = d_windows.unflatten(0, (shape[0], n_blocks)).transpose(1, 2).split([n_past, block], dim=3)
+        d_x = d_windows.new_empty(shape[0], shape[2], shape[1], shape[3]).transpose(1, 2)
+        d_x[:, :, :n_past] = 0
+        d_x[:, :, n_past:].unflatten(2, (n_blocks, block)).copy_(d_own)
+        d_x[:, :, :n_own].unflatten(2, (n_blocks, block))[:, :, :, :n_past] += d_past
+        return d_x, None, None
 
 
 def _logits_as_key(
@@ -206,12 +226,12 @@ def _sdpa(
     if whole and n_queries in (1, n_keys):
         n_before = 0
         if sinks is not None:
-            # A query of zeros for each sink keeps the causal triangle: it can then go without a mask.
             n_before = sinks.keys.shape[2]
             k, v = torch.cat([sinks.keys, k], dim=2), torch.cat([sinks.values, v], dim=2)
         if n_queries == 1:  # one more token sees the whole cache
             return functional.scaled_dot_product_attention(q, k, v, **options)
-        q = functional.pad(q, (0, 0, n_before, 0))
+        if n_before:  # a query of zeros for each sink keeps the causal triangle: it can then go without a mask
+            q = functional.pad(q, (0, 0, n_before, 0))
         return functional.scaled_dot_product_attention(q, k, v, is_causal=True, **options)[:, :, n_before:]
     allowed = allowed_pairs(n_queries, n_keys, window, valid, q.device)
     if sinks is not None:

@@ -14,8 +14,6 @@ import gc
 import multiprocessing
 import resource
 import signal
-import statistics
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -26,7 +24,7 @@ import torch
 
 from experiments.bench import model
 from experiments.bench.case import FAILED, NO_MEMORY, Case
-from experiments.bench.measure import cuda_peak, is_out_of_memory, seconds, status_bytes
+from experiments.bench.measure import cuda_peak, is_out_of_memory, seconds, status_bytes, turn
 from experiments.bench.operations import Operation, Workbench
 from experiments.cost import PeakMemory
 from experiments.device import Compute
@@ -37,10 +35,6 @@ Result = TypeVar("Result")
 PRELOADED = [__name__, "torch._dynamo"]
 # A first call that takes so long is counted.
 COUNTED_S = 5.0
-# Short operations are called for so long in a turn.
-TURN_S = 0.03
-# One that takes longer than this needs no call that doesn't count after its process has slept.
-SETTLED_S = 0.3
 
 
 class Failed(Exception):
@@ -76,7 +70,7 @@ class Arm:
         return self._received()
 
     def turn(self) -> float:
-        """Seconds of a call: the median of all that fit into ``TURN_S``, at least one."""
+        """Seconds of a call, by :func:`experiments.bench.measure.turn`."""
         with suppress(OSError):  # one that has ended says why, or nothing, in what is received
             self._pipe.send("turn")
         return self._received()
@@ -169,7 +163,7 @@ def _serve(pipe: Connection, case: Case, n_threads: int, with_memory: bool, size
         pipe.send(found)
         while True:
             pipe.recv()
-            pipe.send(_turn(operation, case.device))
+            pipe.send(turn(operation, case.device))
     except (EOFError, BrokenPipeError):
         return  # nobody asks any more
     except Exception as error:  # noqa: BLE001  whatever a case raises is its result
@@ -213,13 +207,3 @@ def _limit_memory() -> None:
 
 def _resident_bytes() -> int | None:
     return status_bytes("VmRSS") if Path("/proc/self/status").exists() else None
-
-
-def _turn(operation: Operation, device: str) -> float:
-    first = seconds(operation, device)
-    if first > SETTLED_S:
-        return first
-    times, began = [], time.monotonic()
-    while not times or time.monotonic() - began < TURN_S:
-        times.append(seconds(operation, device))
-    return statistics.median(times)

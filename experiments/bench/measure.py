@@ -17,6 +17,10 @@ from experiments.device import Compute
 Item = TypeVar("Item", bound=Hashable)
 # An operation that has taken so long in all is not repeated.
 ENOUGH_S = 15.0
+# Short operations are called for so long in a turn.
+TURN_S = 0.03
+# One that takes longer than this is called once.
+SETTLED_S = 0.3
 
 
 def seconds(operation: Operation, device: str) -> float:
@@ -31,6 +35,18 @@ def seconds(operation: Operation, device: str) -> float:
     started = time.perf_counter()
     operation()
     return time.perf_counter() - started
+
+
+def turn(operation: Operation, device: str, short_s: float = TURN_S) -> float:
+    """Seconds of a call: of a short one the median of all that fit into ``short_s``, after one that doesn't count, as
+    caches hold what others have used and threads may sleep."""
+    first = seconds(operation, device)
+    if first > SETTLED_S:
+        return first
+    times, began = [], time.monotonic()
+    while not times or time.monotonic() - began < short_s:
+        times.append(seconds(operation, device))
+    return statistics.median(times)
 
 
 def turns(
