@@ -324,10 +324,12 @@ class Fault:
     text: str = SWEEP
     options: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    n_workers: int = 2
 
     def sandbox(self, seed: int, deadline: float) -> Sandbox:
         options = (*(() if self.tracked else UNTRACKED), *self.options)
-        return Sandbox(seed, SIXTY if self.sixty else self.text, options, {**self.environment}, deadline)
+        text = SIXTY if self.sixty else self.text
+        return Sandbox(seed, text, options, {**self.environment}, self.n_workers, deadline)
 
 
 HUNGRY = SWEEP.replace("[tune]", '[arms.hungry]\nmixer = "chaos_hungry"\n[tune]')

@@ -96,6 +96,7 @@ class Sandbox:
     text: str = SWEEP
     options: tuple[str, ...] = ("--no-tracking",)
     environment: dict[str, str] = field(default_factory=dict)
+    n_workers: int = 2
     deadline: float = math.inf
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="mixlab-chaos-")))
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -145,7 +146,7 @@ class Sandbox:
         errors = open(self.folder / f"errors-{len(self.drivers)}.txt", "w", encoding="utf-8")  # noqa: SIM115
         command = [sys.executable, "-m", "mixlab", "sweep", "run", str(self.sweep_file)]
         process = subprocess.Popen(
-            [*command, "--runs", str(self.runs), "--workers", "2", "--json", *self.options],
+            [*command, "--runs", str(self.runs), "--workers", str(self.n_workers), "--json", *self.options],
             cwd=TOP,
             env={
                 **os.environ,

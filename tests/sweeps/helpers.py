@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,18 @@ def start_driver(sweep_file: Path, runs: Path, *overrides: str, behaviour: dict[
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def until(condition: Callable[[], bool], patience_s: float = 120.0) -> None:
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def steps(runs: Path) -> int:
+    """How far the only run at work has come."""
+    return max((int(path.read_text() or 0) for path in runs.glob("tiny/*/step.txt")), default=0)
 
 
 def completions(runs: Path) -> Counter[str]:

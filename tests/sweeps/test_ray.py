@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import uuid
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from experiments.errors import UserError
 from experiments.records import n_attempts, read_sweep_runs
 from sweeps.plan import plan
 from sweeps.resources import RayShare, ray_share
-from tests.sweeps.helpers import completions, drive, one_arm, tiny
+from tests.sweeps.helpers import completions, drive, one_arm, steps, tiny, until
 
 # A process of its own: what is started in a driver's ends with its first sweep.
 HEAD = """
@@ -55,18 +54,6 @@ def behave(monkeypatch):
 
     set_behaviour()
     return set_behaviour
-
-
-def until(condition, patience_s=120.0):
-    deadline = time.monotonic() + patience_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def steps(runs):
-    """How far the only run has come."""
-    return max((int(path.read_text() or 0) for path in runs.glob("tiny/*/step.txt")), default=0)
 
 
 def test_every_end_of_a_worker_is_accounted_for_as_on_one_machine(tmp_path, behave, address):
