@@ -49,7 +49,7 @@ bench.add_command(bench_mixers)
 @click.option("--scene", type=click.Choice(SCENES), multiple=True, help="Only these; repeatable.")
 @click.option("--repeats", type=int, help="Calls of each, interleaved; fewer for slow ones. [default: 5]")
 @click.option("--threads", type=int, help="CPU threads. [default: torch's]")
-@click.option("--memory/--no-memory", default=None, help="On the CPU: peak memory, in a fresh process per row.")
+@click.option("--memory/--no-memory", default=None, help="On the CPU: peak memory of a first call.")
 @click.option("--model", "model_size", type=click.Choice(["small", "paper"]), help="[default: small; on CUDA: paper]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--quick", is_flag=True, help="Small sizes, no memory: does it run here, and roughly how fast?")
@@ -104,6 +104,7 @@ def fwpkm(json_to: str | None, quick: bool, **options: Any) -> None:
 def _values(report: Report, was_interrupted: bool = False) -> dict[str, Any]:
     from dataclasses import asdict
 
+    from experiments.bench.fwpkm import isolation
     from experiments.bench.goals import goals
 
     return {
@@ -112,6 +113,7 @@ def _values(report: Report, was_interrupted: bool = False) -> dict[str, Any]:
         "settings": asdict(report.settings),
         "machine": report.machine,
         "copy_bytes_per_s": report.copy_bytes_per_s,
+        "isolation": isolation(report.settings),
         "rows": report.rows,
         "goals": goals(report.rows, report.settings.device),
     }

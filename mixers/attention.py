@@ -10,10 +10,11 @@ The first two take two kinds of sinks. :class:`Sinks` are keys that stay visible
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from mixers.errors import UserError
@@ -108,26 +109,87 @@ def attend_sdpa(
     sink_logits: Tensor | None = None,
 ) -> Tensor:
     """The same by ``scaled_dot_product_attention``. With a window the work grows with T (w + n), not with T S."""
-    n_queries, n_keys, value_dim = q.shape[2], k.shape[2], v.shape[3]
+    n_queries, value_dim = q.shape[2], v.shape[3]
     scale = q.shape[-1] ** -0.5
     if sink_logits is not None:
         q, k, v, sinks = _logits_as_key(q, k, v, sinks, sink_logits)
-    block = n_queries if window is None else max(window, MIN_BLOCK_TOKENS)
-    if n_queries <= block:
+    if window is None or n_queries <= max(window, MIN_BLOCK_TOKENS):
         return _sdpa(q, k, v, window, valid, sinks, scale)[..., :value_dim]
-    assert window is not None
-    parts = []
-    for start in range(0, n_queries, block):
-        stop = min(start + block, n_queries)
-        last = n_keys - n_queries + stop
-        first = max(0, last - (stop - start) - (window - 1))
-        seen = None if valid is None else valid[:, first:last]
+    return _in_blocks(q, k, v, window, valid, sinks, scale)[..., :value_dim]
+
+
+def _in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, window: int, valid: Tensor | None, sinks: Sinks | None, scale: float
+) -> Tensor:
+    """Blocks of queries, each with the keys that it can see: the first, all that follow in one call, and the rest.
+
+    Every slice of k and v costs its backward a gradient of their full length, so there are three at most.
+    """
+    block = max(window, MIN_BLOCK_TOKENS)
+    n_queries, n_before = q.shape[2], k.shape[2] - q.shape[2]
+    n_blocks = n_queries // block - 1
+    stop = (n_blocks + 1) * block
+    first, middle, rest = q.split([block, stop - block, n_queries - stop], dim=2)
+
+    def seen_by(queries: Tensor, start: int) -> tuple[Any, ...]:
+        """What ``queries``, the first of which has index ``start``, attend to, and how."""
+        here = slice(max(0, n_before + start - (window - 1)), n_before + start + queries.shape[2])
         behind = sinks
         if sinks is not None and sinks.index is not None:
-            behind = sinks._replace(index=sinks.index - first)
-        near_k, near_v = k[:, :, first:last], v[:, :, first:last]
-        parts.append(_sdpa(q[:, :, start:stop], near_k, near_v, window, seen, behind, scale))
-    return torch.cat(parts, dim=2)[..., :value_dim]
+            behind = sinks._replace(index=sinks.index - here.start)
+        return k[:, :, here], v[:, :, here], window, None if valid is None else valid[:, here], behind, scale
+
+    parts = [_sdpa(first, *seen_by(first, 0))]
+    if n_blocks:
+        parts.append(_equal_blocks(n_blocks, middle, *seen_by(middle, block)))
+    if stop < n_queries:
+        parts.append(_sdpa(rest, *seen_by(rest, stop)))
+    # As the kernels lay it out, by token: who joins the heads then need not copy.
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
+
+
+def _equal_blocks(
+    n_blocks: int, q: Tensor, k: Tensor, v: Tensor, window: int, valid: Tensor | None, sinks: Sinks | None, scale: float
+) -> Tensor:
+    """``n_blocks`` equal blocks of queries as sequences of one call; the window-1 keys before the first are given."""
+    block = q.shape[2] // n_blocks
+    if valid is not None:
+        valid = _Windows.apply(valid[:, None, :, None], block, n_blocks)[:, 0, :, 0]
+    if sinks is not None:
+        keys, values, index = sinks
+        if index is not None:
+            starts = torch.arange(0, n_blocks * block, block, device=q.device)
+            index = (index[:, None] - starts[:, None]).expand(q.shape[0], -1, -1).flatten(0, 1)
+        sinks = Sinks(keys.repeat_interleave(n_blocks, dim=0), values.repeat_interleave(n_blocks, dim=0), index)
+    queries = q.unflatten(2, (n_blocks, block)).transpose(1, 2).flatten(0, 1)
+    near_k, near_v = (_Windows.apply(x, block, n_blocks) for x in (k, v))
+    out = _sdpa(queries, near_k, near_v, window, valid, sinks, scale)
+    return out.unflatten(0, (q.shape[0], n_blocks)).transpose(1, 2).flatten(2, 3)
+
+
+class _Windows(torch.autograd.Function):
+    """x (B,G,p + n block,K) -> (B*n,G,p + block,K): each block after the p < block entries before it.
+
+    A view for one sequence. Its backward is written out, as torch's for overlapping views adds entry by entry.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: int, n_blocks: int) -> Tensor:
+        ctx.sizes = x.shape, block, n_blocks
+        n_past = x.shape[2] - n_blocks * block
+        return x.unfold(2, n_past + block, block).permute(0, 2, 1, 4, 3).flatten(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_windows: Tensor) -> tuple[Tensor, None, None]:
+        shape, block, n_blocks = ctx.sizes
+        n_past, n_own = shape[2] - n_blocks * block, n_blocks * block
+        d_past, d_own = d_windows.unflatten(0, (shape[0], n_blocks)).transpose(1, 2).split([n_past, block], dim=3)
+        d_x = d_windows.new_empty(shape[0], shape[2], shape[1], shape[3]).transpose(1, 2)
+        d_x[:, :, :n_past] = 0
+        d_x[:, :, n_past:].unflatten(2, (n_blocks, block)).copy_(d_own)
+        d_x[:, :, :n_own].unflatten(2, (n_blocks, block))[:, :, :, :n_past] += d_past
+        return d_x, None, None
 
 
 def _logits_as_key(
@@ -164,12 +226,12 @@ def _sdpa(
     if whole and n_queries in (1, n_keys):
         n_before = 0
         if sinks is not None:
-            # A query of zeros for each sink keeps the causal triangle: it can then go without a mask.
             n_before = sinks.keys.shape[2]
             k, v = torch.cat([sinks.keys, k], dim=2), torch.cat([sinks.values, v], dim=2)
         if n_queries == 1:  # one more token sees the whole cache
             return functional.scaled_dot_product_attention(q, k, v, **options)
-        q = functional.pad(q, (0, 0, n_before, 0))
+        if n_before:  # a query of zeros for each sink keeps the causal triangle: it can then go without a mask
+            q = functional.pad(q, (0, 0, n_before, 0))
         return functional.scaled_dot_product_attention(q, k, v, is_causal=True, **options)[:, :, n_before:]
     allowed = allowed_pairs(n_queries, n_keys, window, valid, q.device)
     if sinks is not None:

@@ -5,13 +5,15 @@ engine    what a trial takes beside its training (a stand-in that takes no time)
           command on the same sweep when it is finished
 ray       the same through a Ray cluster of this machine: time to the first run, time per trial, memory of all processes
 logging   share of a training's time that goes to MLflow, as runs record it
-workers   trials per hour of N workers against one (on CUDA: of N on each GPU), after each has warmed up
+workers   the same sweep with one worker and with N, from the command to its end; on CUDA trials per hour of N on one
+          GPU against one, after each has warmed up
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -20,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,8 @@ mixer = "softmax(window=16)"
 [tune]
 "train.lr" = { log_uniform = [1e-4, 1e-1] }
 """
+# One cell of the quickstart: five arms, some of which take five times as long as others.
+ONE_CELL = {"vary": {"task.n_pairs": [4]}, "base.train.device": "cpu"}
 # The quickstart's size; no early stop, so that all trainings are equally long.
 TRAININGS = """
 name = "trainings"
@@ -75,7 +79,8 @@ mixer = "softmax(head_dim=48,qk_norm=true,rope=false)"
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured. ``rounds`` of trainings by every worker, after one that warms it up."""
+    """How much is measured. ``rounds`` of trainings by every worker of a GPU, after one that warms it up; ``repeats``
+    of the sweep that one worker and many run in turn, with ``n_sweep_steps`` in each of its trainings."""
 
     n_planned: int = 10_000
     n_trials: int = 1_000
@@ -83,6 +88,8 @@ class Size:
     n_logged: int = 3
     n_steps: int = 350
     rounds: int = 2
+    repeats: int = 1
+    n_sweep_steps: int = 100
     many: int = 2
     device: str = "cpu"
 
@@ -182,30 +189,69 @@ def logging(folder: Path, size: Size) -> Iterator[Row]:
 
 
 def workers(folder: Path, size: Size) -> Iterator[Row]:
+    yield from (workers_of_a_gpu if size.device == "cuda" else workers_of_cores)(folder, size)
+
+
+def workers_of_cores(folder: Path, size: Size) -> Iterator[Row]:
+    """Whole commands, start and last run included, in turn: what else the machine does falls on both."""
+    counts = (1, size.many)
+    overrides = {**ONE_CELL, "budget.max_steps": size.n_sweep_steps}
+    taken: dict[int, list[Taken]] = {n: [] for n in counts}
+    found = []
+    for turn in range(size.repeats):
+        for n in counts if turn % 2 == 0 else reversed(counts):
+            runs = folder / f"runs-{n}-{turn}"
+            taken[n].append(drive("quickstart", runs, overrides=overrides, tracked=False, n_workers=n))
+            found.append(
+                {record.identity.key: record.outcome.metrics for record in read_sweep_runs(runs, "quickstart")}
+            )
+    n_runs = len(found[0])
+    medians = {}
+    for n, those in taken.items():
+        named = f"{n} worker{'s' if n > 1 else ''}"
+        medians[n] = statistics.median(one.wall_s for one in those)
+        first_s = statistics.median(one.first_s for one in those)
+        yield Row(
+            "workers",
+            f"whole command, {n_runs} trainings of at most {size.n_sweep_steps} steps, {named}",
+            medians[n],
+            "s",
+        )
+        yield Row("workers", f"of it to the first training: imports, plan, start of workers, {named}", first_s, "s")
+        tail_s = statistics.median(one.wall_s - one.ends_s[-n] for one in those)
+        yield Row("workers", f"of it with a worker out of work, at the end, {named}", tail_s, "s")
+        computed_s = statistics.median(one.processor_s for one in those)
+        yield Row("workers", f"time on processors, {named}", computed_s, "s")
+    factor, asked = medians[1] / medians[size.many], _n_cores() >= size.many == 2
+    goal = "x1.7 with 2 on 2 cores"
+    yield Row("workers", f"{size.many} against one", factor, "x", goal, factor >= 1.7 if asked else None)
+    n_other = sum(one.get(key) != metrics for one in found for key, metrics in found[0].items())
+    yield Row("workers", "results that differ, of all but the first sweep", n_other, "", "0", n_other == 0)
+
+
+def workers_of_a_gpu(folder: Path, size: Size) -> Iterator[Row]:
     """Rate in the steady state: from the moment that every worker has ended its first training."""
-    path, is_cuda = _write(folder, "trainings", TRAININGS), size.device == "cuda"
-    rates = []
+    path, rates = _write(folder, "trainings", TRAININGS), []
     for n in (1, size.many):
         n_runs = n * (1 + size.rounds)
-        overrides = {"seeds": list(range(n_runs)), "budget.max_steps": size.n_steps, "base.train.device": size.device}
-        where = {"gpus": (_first_gpu(),), "per_gpu": n} if is_cuda else {"n_workers": n}
+        overrides = {"seeds": list(range(n_runs)), "budget.max_steps": size.n_steps, "base.train.device": "cuda"}
+        where = {"gpus": (_first_gpu(),), "per_gpu": n}
         taken = drive(path, folder / f"runs-{n}", overrides=overrides, tracked=False, **where)
         if taken.outcomes != {"finished": n_runs}:
             raise UserError(f"bench: trainings did not end well: {taken.outcomes}; see mixlab doctor")
         rates.append(3600 * (n_runs - n) / (taken.ends_s[-1] - taken.ends_s[n - 1]))
-        at_a_time = f"{n} at a time on one GPU" if is_cuda else f"{n} worker{'s' if n > 1 else ''}"
+        at_a_time = f"{n} at a time on one GPU"
         yield Row("workers", f"trainings of {size.n_steps} steps per hour, {at_a_time}", rates[-1], "")
         yield Row("workers", f"whole command, {n_runs} trainings, {at_a_time}", taken.wall_s, "s")
-    goal, asked = ("x4 with 8", size.many >= 8) if is_cuda else ("x1.7 with 2 on 2 cores", _n_cores() >= size.many == 2)
     factor = rates[1] / rates[0]
-    yield Row(
-        "workers", f"{size.many} against one", factor, "x", goal, factor >= (4 if is_cuda else 1.7) if asked else None
-    )
+    reached = factor >= 4 if size.many >= 8 else None
+    yield Row("workers", f"{size.many} against one", factor, "x", "x4 with 8", reached)
 
 
-def drive(sweep: Path, runs: Path, **options: Any) -> Taken:
+def drive(sweep: Path | str, runs: Path, **options: Any) -> Taken:
     """One driver in a process of its own, to its end."""
-    words = json.dumps({"sweep": str(sweep), "runs": str(runs), **options})
+    begun, computed_s = time.monotonic(), _processor_s_of_children()
+    words = json.dumps({"sweep": str(sweep), "runs": str(runs), "begun": begun, **options})
     top = Path(__file__).resolve().parent.parent
     environment = {
         **os.environ,
@@ -216,7 +262,14 @@ def drive(sweep: Path, runs: Path, **options: Any) -> Taken:
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["it said nothing"]
         raise UserError(f"bench: the driver ended with {done.returncode}: {lines[-1]}")
-    return Taken(**json.loads(done.stdout.splitlines()[-1]))
+    taken = Taken(**json.loads(done.stdout.splitlines()[-1]))
+    return replace(taken, wall_s=time.monotonic() - begun, processor_s=_processor_s_of_children() - computed_s)
+
+
+def _processor_s_of_children() -> float:
+    """Of processes that have ended, their own children included."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @contextmanager

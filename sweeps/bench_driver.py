@@ -23,13 +23,15 @@ INSTANT = "sweeps.bench_driver:instant"
 
 @dataclass
 class Taken:
-    """Seconds since the driver began: first start of a run, and the ends of all; the driver's largest memory."""
+    """Seconds since the command began: first start of a run, and the ends of all; the driver's largest memory, and
+    seconds on processors, workers included."""
 
     wall_s: float = 0.0
     first_s: float = 0.0
     ends_s: list[float] = field(default_factory=list)
     n_workers: int = 0
     peak_bytes: int = 0
+    processor_s: float = 0.0
     outcomes: dict[str, int] = field(default_factory=dict)
 
 
@@ -49,8 +51,8 @@ def instant(
 class Clock(View):
     """Notes when runs start and end."""
 
-    def __init__(self) -> None:
-        self.begun, self.taken = time.monotonic(), Taken()
+    def __init__(self, begun: float) -> None:
+        self.begun, self.taken = begun, Taken()
 
     def show(self, event: Event) -> None:
         now = time.monotonic() - self.begun
@@ -72,7 +74,7 @@ def peak_bytes() -> int:
 
 def main() -> None:
     options = json.loads(sys.argv[1])
-    clock = Clock()
+    clock = Clock(options.pop("begun", time.monotonic()))  # one clock for all processes of a machine
     sweep = load_sweep(options.pop("sweep"), options.pop("overrides"))
     result = run_sweep(sweep, Path(options.pop("runs")), clock, **options)
     taken = clock.taken

@@ -53,7 +53,10 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
         click.argument("sweep_file", metavar="SWEEP"),
         click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]..."),
         click.option(
-            "--workers", "n_workers", type=int, metavar="N", help="Runs at a time; default: one per core, or per GPU."
+            "--workers", "n_workers", type=int, metavar="N", help="Runs at a time; default: what cores or GPUs hold."
+        ),
+        click.option(
+            "--threads", type=int, metavar="N", help="CPU threads of each run; default: the sweep file's `threads`, 1."
         ),
         click.option("--gpus", metavar="0,1", help="GPUs to deal runs out to; default: all that are visible."),
         click.option("--per-gpu", type=int, metavar="K", help="Runs at a time on each GPU; default: 1."),
@@ -109,6 +112,7 @@ def _run(
     sweep_file: str,
     overrides: tuple[str, ...],
     *,
+    threads: int | None,
     gpus: str | None,
     no_tracking: bool,
     sort: str,
@@ -123,7 +127,7 @@ def _run(
     from sweeps.live import view_for
 
     result = run_sweep(
-        _load(sweep_file, overrides),
+        _load(sweep_file, overrides if threads is None else (*overrides, f"threads={threads}")),
         runs_root(runs_dir),
         view_for(as_json=as_json, quiet=quiet, sort=sort),
         gpus=None if gpus is None else tuple(name.strip() for name in gpus.split(",")),
@@ -176,7 +180,8 @@ def cancel_command(sweep_file: str, wait: float, runs_dir: str | None) -> None:
 @click.argument("parts", nargs=-1, metavar="[PART]...")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Of `workers`.")
 @click.option("--workers", type=int, metavar="N", help="Compared with one; on CUDA on one GPU. [default: 2; CUDA: 8]")
-@click.option("--steps", type=int, metavar="N", help="Of a training. [default: 350; on CUDA: 2000]")
+@click.option("--steps", type=int, metavar="N", help="Of a training. [default: 350, 100 in the sweep; CUDA: 2000]")
+@click.option("--repeats", type=int, default=1, show_default=True, help="Of both sweeps of `workers`, in turn.")
 @click.option("--trials", type=int, default=1000, show_default=True, help="Of `engine`; a tenth of them for `ray`.")
 @click.option("--planned", type=int, default=10_000, show_default=True, help="Runs of `plan`.")
 @json_option
@@ -185,6 +190,7 @@ def bench_command(
     device: str,
     workers: int | None,
     steps: int | None,
+    repeats: int,
     trials: int,
     planned: int,
     as_json: bool,
@@ -205,6 +211,8 @@ def bench_command(
         n_trials=trials,
         n_ray_trials=max(100, trials // 10),
         n_steps=steps or (2000 if is_cuda else 350),
+        repeats=repeats,
+        n_sweep_steps=steps or 100,
         many=workers or (8 if is_cuda else 2),
         device=device,
     )

@@ -134,6 +134,7 @@ def run_sweep(
         if sweep.search.pruner == "none":
             _reopen(folder, "pruned")  # the end of a search that had a pruner, but no result of this one
         edited = edited_since(folder, found.plan.code)
+        n_threads_before = threads_before(folder)
         stop = StopSignals()
         driver = Driver(found.plan, runs, view, stop, mirror)
         wanted = Wanted(n_workers, gpus, per_gpu, ray)
@@ -144,6 +145,13 @@ def run_sweep(
             if edited:
                 view.show(
                     Note(f"edited since the last start: {', '.join(edited)}; runs that depend on it are run again")
+                )
+            if driver.n_done and n_threads_before not in (0, sweep.threads):
+                view.show(
+                    Note(
+                        f"its runs have had threads={n_threads_before} so far, those to come have {sweep.threads}: "
+                        "the last bits of their results differ, and their timings can't be compared"
+                    )
                 )
             result = driver.run(place.executor, place.n_workers)
         # A lost driver's last workers may have written their records, and had no time to mirror them.
@@ -238,6 +246,7 @@ class Driver:
             chosen={name: choice for name, choice in choices.items() if choice is not None},
             match=self.plan.match_json(),
             code=self.plan.code,
+            n_threads=sweep.threads,
             definition=sweep.model_dump(mode="json", exclude_unset=True, exclude_none=True, exclude={"experiment"}),
         )
         write_saved(self.runs, saved)
@@ -265,10 +274,17 @@ class Driver:
         executor.submit(self._job(run))
 
     def _next(self) -> tuple[PlannedRun, ArmCellProgress] | None:
-        """Arm-cells in order: an early one's replicates come before a late one's tuning."""
+        """Arm-cells in order: an early one's replicates come before a late one's tuning.
+
+        But for as many replicates as there are slots: those fill them while a last search waits for its last trials.
+        When nothing else is left, the longest come first, so that all slots end at about the same time.
+        """
         if self.again:
             return self.again.pop(0)
-        for arm_cell in self.arm_cells:
+        order = self.arm_cells
+        if 1 < self.n_slots >= sum(arm_cell.n_waiting for arm_cell in order):
+            order = sorted(order, key=lambda it: (False, 0.0) if it.tunes else (True, -it.expected_s))
+        for arm_cell in order:
             chosen_before = arm_cell.choice
             run = arm_cell.next_run()
             if arm_cell.choice is not chosen_before:
@@ -446,6 +462,12 @@ def edited_since(folder: Path, code: dict[str, str]) -> list[str]:
     saved = read_json(folder / "sweep.json")
     before = saved.get("code", {}) if isinstance(saved, dict) else {}
     return sorted(name for name in before.keys() & code.keys() if before[name] != code[name])
+
+
+def threads_before(folder: Path) -> int:
+    """CPU threads that runs had when the sweep was last started; 0: not known."""
+    saved = read_json(folder / "sweep.json")
+    return saved.get("n_threads", 0) if isinstance(saved, dict) else 0
 
 
 def _reopen(folder: Path, ended: str) -> None:

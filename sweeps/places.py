@@ -38,10 +38,11 @@ def place_for(planned: Planned, wanted: Wanted, n_runs: int, folder: Path, **opt
 
     ``options``: ``plugins``, ``target`` and ``patience_s`` of the executor.
     """
+    options["n_threads"] = planned.plan.sweep.threads
     if wanted.ray is None or n_runs == 0:
         gpus = planned.gpus if wanted.gpus is None else wanted.gpus
         resources = resources_for(planned.plan, wanted.n_workers, n_runs, gpus, wanted.per_gpu)
-        sizes = {"count": resources.n_workers, "n_threads": resources.n_threads, "gpus": resources.gpus}
+        sizes = {"count": resources.n_workers, "gpus": resources.gpus}
         yield Place(resources.n_workers, lambda: LocalExecutor(folder, **sizes, **options))
         return
     from sweeps.ray_executor import RayExecutor, connected

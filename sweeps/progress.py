@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,6 +40,22 @@ class ArmCellProgress:
             self._choose()
 
     @property
+    def tunes(self) -> bool:
+        """Whether its replicates have to wait for a choice."""
+        return self.tuning is not None and self.choice is None
+
+    @property
+    def n_waiting(self) -> int:
+        """Replicates that can start."""
+        return len(self._waiting)
+
+    @property
+    def expected_s(self) -> float:
+        """Seconds of training that one more run will take, by those that have ended; 0 where none has."""
+        ended = (*(self.tuning.results if self.tuning else {}).values(), *self.results.values())
+        return statistics.fmean(outcome.wall_s for outcome in ended) if ended else 0.0
+
+    @property
     def n_runs(self) -> int:
         """Runs that it will have made: a count that shrinks when tuning chooses nothing, or proposes things twice."""
         if self.choice is not None and self.choice.settings is None:
@@ -64,7 +81,7 @@ class ArmCellProgress:
 
     def next_run(self) -> PlannedRun | None:
         """The next run that can start; None while there is nothing but to wait, and when all is done."""
-        if self.tuning is not None and self.choice is None:
+        if self.tunes:
             run = self.tuning.next_run()
             self._choose()  # the last trial may have been on record
             if run is not None or self.choice is None:

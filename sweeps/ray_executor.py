@@ -33,10 +33,13 @@ from sweeps.executor import (
 )
 from sweeps.local_executor import LocalExecutor
 from sweeps.resources import RayShare
+from sweeps.worker import output_to
 
 AUTO = "auto"
 # A station answers so often while its worker is silent; until then an interrupt waits its turn.
 ANSWER_EVERY_S = 0.25
+# Of the machine that a cluster's address names.
+ANSWER_WITHIN_S = 10.0
 # How much longer than its worker a station may be silent: it ends a stuck worker itself.
 STATION_GRACE_S = 30.0
 # How Ray names that it has ended a process because its machine ran out of memory.
@@ -95,6 +98,7 @@ class RayExecutor(Executor):
 
     folder: Path
     share: RayShare
+    n_threads: int
     plugins: tuple[str, ...] = ()
     target: str = TARGET
     patience_s: float = STALL_PATIENCE_S
@@ -157,7 +161,7 @@ class RayExecutor(Executor):
         station = actor.remote()
         options = {
             "folder": self.folder.resolve(),
-            "n_threads": self.share.n_threads,
+            "n_threads": self.n_threads,
             "plugins": self.plugins,
             "target": self.target,
             "patience_s": self.patience_s,
@@ -241,7 +245,7 @@ def connected(address: str, log: Path) -> Iterator[list[dict[str, float]]]:
         if ray.is_initialized():
             yield _machines(ray)
             return
-        session = _connect(ray, address)
+        session = _connect(ray, address, log)
         reaper = _reaper(session) if session else None
         try:
             yield _machines(ray)
@@ -259,25 +263,49 @@ def _reaper(session: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
 
 
-def _connect(ray: Any, address: str) -> str:
+def _connect(ray: Any, address: str, log: Path) -> str:
     """Connect; return the session's folder where this has started a Ray of its own, else nothing."""
+    _require_answer(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray takes over how this process answers SIGTERM, which is for the driver to say.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        context = ray.init(
-            address=None if address == AUTO else address,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"--ray {address}: no cluster can be reached there: {' '.join(str(error).split())}") from None
+        with output_to(log):  # Ray's C++ part warns on stderr as long as it can't connect
+            context = ray.init(
+                address=None if address == AUTO else address,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise UserError(
+            f"--ray {address}: no cluster can be reached there: {' '.join(str(error).split())}; this machine has to be "
+            "part of it, with the same Ray, and RAY_AUTH_MODE=token set where the cluster asks for a token"
+        ) from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     session = str(getattr(context, "address_info", {}).get("session_dir", ""))
     return session if session.endswith(f"_{os.getpid()}") else ""  # its name ends with the process that started it
+
+
+def _require_answer(address: str) -> None:
+    """:class:`UserError` where nobody listens at ``address``: Ray itself would try for two minutes, deaf to signals."""
+    place = f"--ray {address}"
+    if address == AUTO:
+        address = os.environ.get("RAY_ADDRESS", "")
+        place = f"--ray {AUTO}: RAY_ADDRESS={address}"
+        if address in ("", AUTO, "local"):
+            return
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        raise UserError(
+            f"{place}: give auto or HOST:PORT, as `ray start` has printed it on the cluster's first machine"
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_WITHIN_S).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"{place}: no cluster can be reached there: {error}") from None
 
 
 def _machines(ray: Any) -> list[dict[str, float]]:

@@ -12,10 +12,9 @@ from sweeps.plan import Plan
 
 @dataclass(frozen=True)
 class Resources:
-    """Workers, torch threads of each, and the GPUs that are dealt out to them in turn (none: as torch finds them)."""
+    """Workers, and the GPUs that are dealt out to them in turn (none: as torch finds them)."""
 
     n_workers: int
-    n_threads: int
     gpus: tuple[str, ...] = ()
 
 
@@ -27,34 +26,33 @@ class RayShare:
     n_cpus: float
     n_gpus: float = 0.0
 
-    @property
-    def n_threads(self) -> int:
-        return max(1, int(self.n_cpus))
-
 
 def resources_for(
     plan: Plan, n_workers: int | None, n_runs: int, gpus: tuple[str, ...] = (), per_gpu: int | None = None
 ) -> Resources:
-    """Default: a worker per core, or ``per_gpu`` (1) per GPU where runs go to GPUs; never more than there are runs.
+    """Default: as many workers as the cores have room for, each with the plan's threads, or ``per_gpu`` (1) per GPU
+    where runs go to GPUs; never more than there are runs.
 
     ``gpus``: those to use. Several workers share a GPU when ``per_gpu`` or
     ``n_workers`` says so. Runs that name their GPU (``cuda:1``) find all of them.
     """
     devices = plan.devices
-    wanted = n_workers or len(gpus) * (per_gpu or 1) or n_cores()
+    wanted = n_workers or len(gpus) * (per_gpu or 1) or n_cores() // plan.sweep.threads
     n_workers = max(1, min(wanted, n_runs))
     named = any(device.startswith("cuda:") for device in devices)
-    return Resources(n_workers, max(1, n_cores() // n_workers), () if named else gpus)
+    return Resources(n_workers, () if named else gpus)
 
 
 def ray_share(
     plan: Plan, machines: list[dict[str, float]], n_workers: int | None, n_runs: int, per_gpu: int | None = None
 ) -> RayShare:
-    """The same rule for a cluster: a worker per CPU, or ``per_gpu`` (1) per GPU where runs go to GPUs.
+    """The same rule for a cluster: as many workers as its CPUs have room for, or ``per_gpu`` (1) per GPU where runs go
+    to GPUs.
 
-    ``machines``: the resources of each, as Ray names them. CPUs are dealt out evenly, in whole ones where there are
-    enough. :class:`UserError` where GPUs are asked for that the cluster doesn't have.
+    ``machines``: the resources of each, as Ray names them. A worker holds a CPU for each of its threads, fewer where
+    there are not enough for all workers. :class:`UserError` where GPUs are asked for that the cluster doesn't have.
     """
+    n_threads = plan.sweep.threads
     devices = plan.devices
     named = sorted(device for device in devices if device.startswith("cuda:"))
     if named:
@@ -67,20 +65,23 @@ def ray_share(
         raise UserError("--ray: the cluster has no GPU, and runs of this sweep are to use one")
     if devices == {"cpu"} or n_gpus == 0:
         cpus = [int(machine.get("CPU", 0)) for machine in machines]
-        n_workers = max(1, min(n_workers or sum(cpus), n_runs))
-        return RayShare(n_workers, _cpus_for(cpus, n_workers))
+        n_workers = max(1, min(n_workers or sum(n // n_threads for n in cpus), n_runs))
+        return RayShare(n_workers, _cpus_for(cpus, n_workers, n_threads))
     per_gpu = per_gpu or math.ceil((n_workers or n_gpus) / n_gpus)
     n_workers = max(1, min(n_workers or n_gpus * per_gpu, n_runs))
     cpus = [int(machine.get("CPU", 0)) for machine in with_gpus]
-    return RayShare(n_workers, _cpus_for(cpus, n_workers), 1 / per_gpu)
+    return RayShare(n_workers, _cpus_for(cpus, n_workers, n_threads), 1 / per_gpu)
 
 
-def _cpus_for(cpus: list[int], n_workers: int) -> float:
-    """The most CPUs that each of ``n_workers`` can have on machines with so many, or a fraction of one."""
-    for each in range(max(cpus, default=0), 0, -1):
+def _cpus_for(cpus: list[int], n_workers: int, most: int) -> float:
+    """CPUs, at most so many, that each of ``n_workers`` can have on machines with so many; a fraction where it must."""
+    for each in range(most, 0, -1):
         if sum(n // each for n in cpus) >= n_workers:
             return float(each)
-    return math.floor(1e4 * sum(cpus) / n_workers) / 1e4
+    # The best fraction leaves nothing over on one of the machines. Ray counts in ten thousandths.
+    fractions = {n / k for n in cpus if n for k in range(n, n_workers + 1)}
+    fit = [each for each in fractions if sum(math.floor(n / each + 1e-9) for n in cpus) >= n_workers]
+    return math.floor(1e4 * max(fit, default=0.0)) / 1e4
 
 
 def require_gpus(gpus: tuple[str, ...] | None, per_gpu: int | None, visible: tuple[str, ...]) -> None:

@@ -32,7 +32,8 @@ class SavedSweep:
     factors; ``chosen`` "arm | cell" -> the tuned settings and the select value that they reached;
     ``match`` the [match] table with ``reached``, "arm | cell" -> value, target and cost, empty without one;
     ``definition`` the sweep file with experiment and overrides laid into it: it alone repeats the sweep;
-    ``code`` file -> hash, of the code that runs depend on and that is not as released."""
+    ``code`` file -> hash, of the code that runs depend on and that is not as released; ``n_threads`` of torch in each
+    run, 0 where it is not known."""
 
     name: str
     question: str
@@ -47,6 +48,7 @@ class SavedSweep:
     match: dict[str, Any] = field(default_factory=dict)
     definition: dict[str, Any] = field(default_factory=dict)
     code: dict[str, str] = field(default_factory=dict)
+    n_threads: int = 0
 
 
 def write_saved(runs: Path, saved: SavedSweep) -> None:

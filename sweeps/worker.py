@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import gc
 import importlib
 import json
 import math
@@ -154,6 +155,8 @@ def main(arguments: list[str] | None = None) -> None:
             os._exit(1)
         # After an error this process may be unusable (a CUDA context after an assertion, memory that nobody frees).
         leaving = interrupt.asked or outcome is None or outcome.outcome == "failed"
+        if not leaving:
+            release_gpu_memory()
         pipe.send("ended", leaving=leaving)
         if leaving:
             os._exit(0)  # all is saved; to take torch down in order would keep the replacement waiting
@@ -243,6 +246,17 @@ def _set_threads(n_threads: int) -> None:
     torch = sys.modules.get("torch")  # imported by the target; one without torch needs none here
     if torch is not None:
         torch.set_num_threads(n_threads)
+
+
+def release_gpu_memory() -> None:
+    """Give back what the last run had of the GPU: its neighbours there have none of what torch keeps for this process.
+
+    The collection comes first, since a trainer and its callbacks hold each other.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _tracking(values: dict[str, str] | None) -> Any:

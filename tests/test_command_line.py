@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.command import mixlab
+
 ROOT = Path(__file__).parent.parent
 RECIPE = """
 [model]
@@ -62,7 +64,7 @@ class RunningMean(Mixer):
 '''
 
 
-def mixlab(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def by_itself(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(ROOT / "mixlab.py"), *words], capture_output=True, text=True, cwd=cwd)
 
 
@@ -74,14 +76,14 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_help_lists_the_commands(tmp_path: Path) -> None:
-    done = mixlab("--help", cwd=tmp_path)
+    done = by_itself("--help", cwd=tmp_path)
     assert done.returncode == 0
     for command in ("mixers", "train", "evaluate", "sync", "sweep", "compare", "dashboard"):
         assert command in done.stdout
 
 
 def test_train_twice_is_train_once(recipe: Path) -> None:
-    first = mixlab("train", "tiny.toml", "train.lr=0.01", "--json", cwd=recipe.parent)
+    first = by_itself("train", "tiny.toml", "train.lr=0.01", "--json", cwd=recipe.parent)
     assert first.returncode == 0, first.stderr
     outcome = json.loads(first.stdout)
     assert outcome["outcome"] == "finished"

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from experiments.bench import model
-from experiments.bench.case import ABSENT, FAILED, IMPLEMENTATIONS, NO_MEMORY, OK, SCENES, WRONG, Case
+from experiments.bench.case import ABSENT, FAILED, IMPLEMENTATIONS, OK, SCENES, WRONG, Case
 from experiments.bench.equality import why_wrong
+from experiments.bench.isolated import Arm, Failed, alone
 from experiments.bench.machine import machine_of
-from experiments.bench.measure import (
-    OutOfMemory,
-    copy_bandwidth,
-    cpu_peak,
-    cuda_peak,
-    is_out_of_memory,
-    seconds,
-    spread,
-    turns,
-    warm_up,
-)
-from experiments.bench.operations import Operation, Workbench
+from experiments.bench.measure import copy_bandwidth, spread, turns
 from experiments.bench.package import DIFFERENCES, INSTALL, is_installed
 from experiments.errors import UserError
 
 LAYER_TOKENS = 1024
+SIDE_BY_SIDE = "a process for every row, which take turns"
+ONE_BY_ONE = "a process for every row, one after another"
 # n, K = V, C, B and scope of what tests, tutorials and small sweeps run.
 SMALL_SIZES = [
     (n, width, chunk, batch, scope)
@@ -92,7 +84,7 @@ def start(settings: Settings) -> Report:
     settings.check()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    return Report(settings, machine_of(settings.device), copy_bandwidth(settings.device))
+    return Report(settings, machine_of(settings.device), alone(copy_bandwidth, settings.device))
 
 
 def groups(s: Settings) -> Iterator[tuple[str, list[Case]]]:
@@ -177,6 +169,11 @@ def model_size(s: Settings) -> str:
     return s.model_size or ("paper" if s.device == "cuda" else "small")
 
 
+def isolation(s: Settings) -> str:
+    """How the rows of a group are kept from disturbing each other: on CUDA every process holds a context."""
+    return ONE_BY_ONE if s.device == "cuda" else SIDE_BY_SIDE
+
+
 def measure(report: Report, say: Callable[[str], None]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Measure group by group: title and rows of each, also appended to ``report``. ``say`` hears of every step.
 
@@ -214,7 +211,7 @@ def measure(report: Report, say: Callable[[str], None]) -> Iterator[tuple[str, l
 
 def _why_refused(impl: str, s: Settings) -> tuple[str, str] | None:
     try:
-        why = why_wrong(impl, s.device, s.seed)
+        why = alone(why_wrong, impl, s.device, s.seed)
     except UserError as error:
         return FAILED, str(error)
     return (WRONG, why) if why else None
@@ -230,51 +227,44 @@ def _measure_group(
     say: Callable[[str], None],
 ) -> None:
     """Fill outcomes (of what can't be timed), times and peaks."""
-    workbench = Workbench()
-    arms: dict[Case, Operation] = {}
+    outcomes |= {case: why for case in cases if (why := refused.get(case.impl))}
+    timed = [case for case in cases if case not in outcomes]
+    for side_by_side in [timed] if isolation(s) == SIDE_BY_SIDE else [[case] for case in timed]:
+        with ExitStack() as stack:
+            _time_in_turn(side_by_side, stack, s, outcomes, times, peaks, say)
+
+
+def _time_in_turn(
+    cases: list[Case],
+    stack: ExitStack,
+    s: Settings,
+    outcomes: dict[Case, tuple[str, str]],
+    times: dict[Case, list[float]],
+    peaks: dict[Case, int | None],
+    say: Callable[[str], None],
+) -> None:
+    with_memory = s.memory and s.device == "cpu"
+    arms: dict[Case, Arm] = {}
     for case in cases:
-        if refused.get(case.impl):
-            outcomes[case] = refused[case.impl]
-            continue
+        say(f"{case.impl} {case.scope}: first calls")
+        is_sized = with_memory and case.scene not in ("small", "model")
+        arm = Arm(case, torch.get_num_threads(), is_sized, model.SIZES[model_size(s)])
+        stack.callback(arm.close)
         try:
-            # On the CPU this also finds out, in a process of its own, whether the case fits.
-            if s.memory and s.device == "cpu" and case.scene not in ("small", "model"):
-                say(f"{case.impl} {case.scope}: memory")
-                peaks[case] = cpu_peak(case, torch.get_num_threads())
-            say(f"{case.impl} {case.scope}: first calls")
-            arms[case] = _prepare(case, s, workbench)
-            times[case] += warm_up(arms[case], s.device)
-            if s.device == "cuda":
-                peaks[case] = cuda_peak(arms[case])
-        except (RuntimeError, MemoryError, UserError) as error:
-            # Any failure of one implementation is a result of the run, not its end.
-            arms.pop(case, None)
-            outcomes[case] = _outcome(error)
+            first = arm.start()
+        except Failed as failure:
+            outcomes[case] = failure.status, failure.note
+            continue
+        arms[case], peaks[case] = arm, first.peak_bytes
+        times[case] += first.times
     for case in turns(list(arms), times, s.repeats):
         if case in outcomes:
             continue
         try:
-            times[case].append(seconds(arms[case], s.device))
+            times[case].append(arms[case].turn())
             say(f"{case.impl} {case.scope}: {times[case][-1]:.3g} s")
-        except (RuntimeError, MemoryError) as error:
-            outcomes[case] = _outcome(error)
-    arms.clear()
-    del workbench
-    gc.collect()
-
-
-def _outcome(error: Exception) -> tuple[str, str]:
-    """Status and note of a case that raised ``error``."""
-    is_full = isinstance(error, OutOfMemory) or is_out_of_memory(error)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return NO_MEMORY if is_full else FAILED, " ".join(str(error).split())[:300]
-
-
-def _prepare(case: Case, s: Settings, workbench: Workbench) -> Operation:
-    if case.scene == "model":
-        return model.training_step(case, model.SIZES[model_size(s)])
-    return workbench.prepare(case)
+        except Failed as failure:
+            outcomes[case] = failure.status, failure.note
 
 
 def _row(

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import gc
-import json
-import resource
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from experiments.bench.case import Case
-from experiments.bench.operations import Operation, Workbench
+from experiments.bench.operations import Operation
 from experiments.cost import PeakMemory
 from experiments.device import Compute
 
 Item = TypeVar("Item", bound=Hashable)
 # An operation that has taken so long in all is not repeated.
 ENOUGH_S = 15.0
-# A first call on the CPU that takes so long needs no warm-up: it is counted.
-NO_WARM_UP_S = 5.0
+# Short operations are called for so long in a turn.
+TURN_S = 0.03
+# One that takes longer than this is called once.
+SETTLED_S = 0.3
 
 
 def seconds(operation: Operation, device: str) -> float:
@@ -41,15 +37,16 @@ def seconds(operation: Operation, device: str) -> float:
     return time.perf_counter() - started
 
 
-def warm_up(operation: Operation, device: str) -> list[float]:
-    """One or two calls that don't count, unless the first is so long that starting up is nothing to it. On CUDA a first
-    call never counts: it may compile and tune kernels for minutes."""
+def turn(operation: Operation, device: str, short_s: float = TURN_S) -> float:
+    """Seconds of a call: of a short one the median of all that fit into ``short_s``, after one that doesn't count, as
+    caches hold what others have used and threads may sleep."""
     first = seconds(operation, device)
-    if first > NO_WARM_UP_S and device != "cuda":
-        return [first]
-    if first < 1 or device == "cuda":
-        seconds(operation, device)
-    return []
+    if first > SETTLED_S:
+        return first
+    times, began = [], time.monotonic()
+    while not times or time.monotonic() - began < short_s:
+        times.append(seconds(operation, device))
+    return statistics.median(times)
 
 
 def turns(
@@ -83,7 +80,7 @@ def copy_bandwidth(device: str, n_bytes: int = 2**28) -> float:
     def copy() -> object:
         return target.copy_(source)
 
-    warm_up(copy, device)
+    copy()
     return 2 * n_bytes / statistics.median(seconds(copy, device) for _ in range(7))
 
 
@@ -105,62 +102,6 @@ class OutOfMemory(RuntimeError):
     """A case that needs more memory than there is."""
 
 
-def cpu_peak(case: Case, n_threads: int) -> int | None:
-    """Growth of the resident set over one call, in a fresh process that no earlier call has left memory to.
-
-    The process may take nine tenths of what is free, so that a case too large fails there, and only there. None where
-    the system doesn't tell (no /proc).
-
-    Raises:
-        OutOfMemory: the case does not fit.
-    """
-    if not Path("/proc/self/status").exists():
-        return None
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.bench.measure"],
-        input=json.dumps({"case": case.as_dict(), "n_threads": n_threads}),
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
-    if done.returncode == 0:
-        return json.loads(done.stdout)["peak_bytes"]
-    lines = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
-    if done.returncode in (-9, 137) or "OutOfMemory" in lines[-1]:
-        raise OutOfMemory("needs more memory than is free here")
-    raise RuntimeError(lines[-1])
-
-
 def status_bytes(field: str, path: str = "/proc/self/status") -> int:
     line = next(line for line in Path(path).read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
-
-
-def _measure_here(case: Case) -> int:
-    """:func:`cpu_peak` of this process, which has done nothing else."""
-    limit = status_bytes("VmData") + status_bytes("MemAvailable", "/proc/meminfo") * 9 // 10
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    try:
-        # A small twin first: libraries and threads that a first call brings are not the operation's.
-        small = Case(**(case.as_dict() | {"n": max(16, case.top_k), "tokens": 2 * case.chunk, "batch": 1}))
-        Workbench().prepare(small)()
-        operation = Workbench().prepare(case)
-        gc.collect()
-        peak, before = PeakMemory(Compute(torch.device("cpu"), None)), status_bytes("VmRSS")
-        operation()
-        return max(peak.bytes() - before, 0)
-    except (RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            raise OutOfMemory("needs more memory than is free here") from None
-        raise
-
-
-def main(read: Callable[[], str] = sys.stdin.read) -> None:
-    asked = json.loads(read())
-    torch.set_num_threads(asked["n_threads"])
-    print(json.dumps({"peak_bytes": _measure_here(Case(**asked["case"]))}))
-
-
-if __name__ == "__main__":
-    main()

@@ -104,6 +104,7 @@ def serve(questions: IO[str], answers: IO[str]) -> None:
         registry.load_plugin(plugin)
     registry.load_all()
     layers = {about["label"]: Measured(**about) for about in asked["layers"]}
+    gc.freeze()  # to look for garbage in all that is imported would take each child longer than a small case
     print(json.dumps({"status": READY}), file=answers, flush=True)
     for line in questions:
         point = Point(**json.loads(line))

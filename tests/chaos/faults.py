@@ -283,12 +283,30 @@ def ray_workers(sandbox: Sandbox) -> None:
     sandbox.kill_worker()
     sandbox.wait_event("run_ended", 3)
     sandbox.kill_driver()
-    deadline = time.monotonic() + END_WITHIN_S
-    while sandbox.processes() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    if left := sandbox.processes():
-        raise AssertionError(f"{len(left)} processes outlive their driver for {END_WITHIN_S:g} s")
+    sandbox.wait_gone(sandbox.processes, "processes")
     sandbox.restart_and_finish()
+
+
+def ray_machine(sandbox: Sandbox) -> None:
+    """A machine of a Ray cluster killed with all that runs on it; another joins; then the driver is killed."""
+    if importlib.util.find_spec("ray") is None:
+        raise Skipped("Ray is not installed: pip install 'mixlab[ray]'")
+    cluster = sandbox.ray_cluster()
+    cluster.start_head()
+    joined = cluster.add_machine()
+    sandbox.options = (*sandbox.options, "--ray", cluster.address)
+    sandbox.start()
+    sandbox.wait_event("run_progress", 1)
+    sandbox.wait(lambda: len(sandbox.workers()) == 2, "worker on each machine")
+    sandbox.wait_event("run_ended", 1)
+    sandbox.fault()
+    cluster.kill_machine(joined)
+    cluster.add_machine()
+    sandbox.wait(lambda: len(sandbox.workers()) == 2, "worker on the new machine")
+    sandbox.kill_driver()
+    sandbox.wait_gone(sandbox.workers, "workers")
+    sandbox.restart_and_finish()
+    cluster.stop()
 
 
 def parent_of(pid: int) -> int:
@@ -306,10 +324,12 @@ class Fault:
     text: str = SWEEP
     options: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    n_workers: int = 2
 
     def sandbox(self, seed: int, deadline: float) -> Sandbox:
         options = (*(() if self.tracked else UNTRACKED), *self.options)
-        return Sandbox(seed, SIXTY if self.sixty else self.text, options, {**self.environment}, deadline)
+        text = SIXTY if self.sixty else self.text
+        return Sandbox(seed, text, options, {**self.environment}, self.n_workers, deadline)
 
 
 HUNGRY = SWEEP.replace("[tune]", '[arms.hungry]\nmixer = "chaos_hungry"\n[tune]')
@@ -330,4 +350,5 @@ FAULTS = {
     "server_killed": Fault(server_killed, tracked=True),
     "store_locked": Fault(store_locked, tracked=True),
     "ray_workers": Fault(ray_workers, n=3, options=("--ray", "auto")),
+    "ray_machine": Fault(ray_machine, n=2, sixty=True),
 }

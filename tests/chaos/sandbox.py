@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.chaos.ray_cluster import RayCluster
 from tests.stores import MlflowServer
 
 TOP = Path(__file__).parent.parent.parent
@@ -95,6 +96,7 @@ class Sandbox:
     text: str = SWEEP
     options: tuple[str, ...] = ("--no-tracking",)
     environment: dict[str, str] = field(default_factory=dict)
+    n_workers: int = 2
     deadline: float = math.inf
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="mixlab-chaos-")))
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -103,6 +105,7 @@ class Sandbox:
     redone: set[str] = field(default_factory=set)  # keys of results that a fault destroyed: they are made again
     runs: Path = field(init=False)
     _server: MlflowServer | None = None
+    _cluster: RayCluster | None = None
 
     def __post_init__(self) -> None:
         self.runs = self.folder / "runs"
@@ -124,6 +127,12 @@ class Sandbox:
         self.environment["MLFLOW_TRACKING_URI"] = self._server.uri
         return self._server
 
+    def ray_cluster(self) -> RayCluster:
+        """A Ray cluster for this sweep, ended with the sandbox."""
+        self._cluster = RayCluster(self.ray_folder)
+        self.environment |= self._cluster.environment
+        return self._cluster
+
     def sync(self) -> None:
         """``mixlab sync``, as a user does whose store was away."""
         words = [sys.executable, "-m", "mixlab", "sync", NAME, "--runs", str(self.runs)]
@@ -137,7 +146,7 @@ class Sandbox:
         errors = open(self.folder / f"errors-{len(self.drivers)}.txt", "w", encoding="utf-8")  # noqa: SIM115
         command = [sys.executable, "-m", "mixlab", "sweep", "run", str(self.sweep_file)]
         process = subprocess.Popen(
-            [*command, "--runs", str(self.runs), "--workers", "2", "--json", *self.options],
+            [*command, "--runs", str(self.runs), "--workers", str(self.n_workers), "--json", *self.options],
             cwd=TOP,
             env={
                 **os.environ,
@@ -170,6 +179,14 @@ class Sandbox:
             if time.monotonic() > deadline:
                 raise AssertionError(f"no {what} within {patience_s:g} s")
             time.sleep(0.01)
+
+    def wait_gone(self, find: Callable[[], list[int]], what: str, patience_s: float = 5.0) -> None:
+        """Wait until there is none of a killed driver's processes any more."""
+        deadline = time.monotonic() + patience_s
+        while (left := find()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if left:
+            raise AssertionError(f"{len(left)} {what} outlive their driver for {patience_s:g} s")
 
     def wait_event(self, name: str, n: int = 1) -> None:
         self.wait(lambda: self.driver.has(name, n), f"{name} {n}")
@@ -256,6 +273,8 @@ class Sandbox:
             driver.process.stdout.close()
         if self._server is not None:
             self._server.kill()
+        if self._cluster is not None:
+            self._cluster.stop()
         shutil.rmtree(self.ray_folder, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import multiprocessing
+import os
+import signal
+from pathlib import Path
 
 import click
 import pytest
 import torch
 from click.testing import CliRunner
 
-from experiments.bench import equality, fwpkm, measure, model
+from experiments.bench import equality, fwpkm, model
 from experiments.bench.case import Case
 from experiments.bench.dense import write_densely
 from experiments.bench.goals import goals
-from experiments.bench.operations import Workbench
+from experiments.bench.isolated import Arm, FirstCalls, alone
 from experiments.bench_cli import bench
 from experiments.errors import UserError
 from mixers.fwpkm import fast_weight_pkm
@@ -94,6 +99,7 @@ def test_every_scene_runs_end_to_end() -> None:
     dense = next(row for row in rows if row["impl"] == "dense")
     assert dense["times_dense"] == 1
     assert not found["interrupted"]
+    assert "a process for every row" in found["isolation"]
     assert found["machine"]["n_threads"] == 1
     assert found["machine"]["versions"]["torch"]
     # At other sizes than the goals' nothing is claimed.
@@ -120,21 +126,23 @@ def test_the_bound_is_that_of_the_paper_setting() -> None:
 
 def test_memory_is_measured_in_a_fresh_process() -> None:
     """The dense prefill holds at least a gradient and a new table of 37 MB."""
-    case = Case("prefill", "dense", "shared", 96, 1, 64, 32, 64, 1024, 8, "cpu", 0)
-    peak = measure.cpu_peak(case, 1)
+    arm = Arm(Case("prefill", "dense", "shared", 96, 1, 64, 32, 64, 1024, 8, "cpu", 0), 1, True, model.SIZES["small"])
+    peak = arm.start().peak_bytes
+    arm.close()
     if peak is None:
         pytest.skip("this system does not tell a process's memory")
     table = 96**2 * 1024 * 4
     assert 2 * table * 0.8 < peak < 12 * table
 
 
-def test_a_case_too_large_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_large(case: Case, n_threads: int) -> int:
-        raise measure.OutOfMemory("needs more memory than is free here")
-
-    monkeypatch.setattr(fwpkm, "cpu_peak", too_large)
-    rows = run("--scene", "prefill", "--impl", "sparse", "--memory")["rows"]
-    assert [(row["status"], row["seconds"]) for row in rows] == [("out of memory", None)]
+def test_a_case_too_large_is_a_row() -> None:
+    """A table of 240 GB, and beside it one that fits."""
+    rows = run("--n", "100000", "--scene", "prefill", "--impl", "sparse", "--memory")["rows"]
+    assert [(row["n"], row["status"], row["seconds"] is None) for row in rows] == [
+        (9, "measured", False),
+        (100_000, "out of memory", True),
+    ]
+    assert rows[0]["peak_bytes"] is not None
 
 
 @pytest.mark.skipif(importlib.util.find_spec("fast_weight_product_key_memory") is not None, reason="installed here")
@@ -144,15 +152,16 @@ def test_a_missing_package_is_a_row_that_says_how_to_install_it() -> None:
     assert all("pip install" in row["note"] for row in rows)
 
 
-def test_an_interrupt_keeps_what_is_finished(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare = Workbench.prepare
+def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a first call of training is waited for."""
+    start = Arm.start
 
-    def prepare_until_training(self: Workbench, case: Case):
-        if case.backward:
+    def until_training(self: Arm) -> FirstCalls:
+        if len(multiprocessing.active_children()) == 2 and file.exists():
             raise KeyboardInterrupt
-        return prepare(self, case)
+        return start(self)
 
-    monkeypatch.setattr(Workbench, "prepare", prepare_until_training)
+    monkeypatch.setattr(Arm, "start", until_training)
     file = tmp_path / "bench.json"
     arguments = ["fwpkm", *TINY, "--no-memory", "--scene", "prefill", "--scene", "train", "--json", str(file)]
     # What mixlab's main turns into exit code 130.
@@ -162,6 +171,16 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path, monkeypatch: pytest.Monke
     assert found["interrupted"]
     assert {row["scene"] for row in found["rows"]} == {"prefill"}
     assert {row["impl"] for row in found["rows"]} >= {"dense", "sparse", "floor"}
+    assert multiprocessing.active_children() == []
+
+
+def test_an_interrupt_of_a_terminal_is_left_to_the_command() -> None:
+    arm = Arm(Case("prefill", "sparse", "shared", 9, 1, 24, 8, 6, 6, 4, "cpu", 0), 1, False, model.SIZES["small"])
+    arm.start()
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGINT)
+    assert arm.turn() > 0
+    arm.close()
 
 
 def test_a_wrong_implementation_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +188,7 @@ def test_a_wrong_implementation_is_not_timed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(
         equality, "reads", lambda case, inputs: reads(case, inputs) * (1.01 if case.impl == "sparse" else 1)
     )
+    monkeypatch.setattr(fwpkm, "alone", lambda function, *arguments: function(*arguments))  # where the fault is planted
     arguments = ["fwpkm", *TINY, "--json", "--no-memory", "--scene", "prefill", "--impl", "sparse"]
     done = CliRunner().invoke(bench, arguments)
     assert done.exit_code == 1
@@ -215,17 +235,36 @@ def test_goals_are_judged_at_their_sizes_only() -> None:
     assert goals([], "cuda")[0]["met"] is None
 
 
-def test_a_case_that_fails_while_it_is_timed_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    n_calls = []
+@pytest.mark.parametrize(
+    ("planted", "status", "why"),
+    [(signal.SIGSEGV, "failed", "its process ended with -11"), (signal.SIGKILL, "out of memory", "was killed")],
+)
+def test_a_process_that_dies_is_a_row(monkeypatch: pytest.MonkeyPatch, planted: int, status: str, why: str) -> None:
+    """In its second turn; the other row is finished."""
+    turn, n_turns = Arm.turn, []
 
-    def prepare(self: Workbench, case: Case):
-        def operation() -> None:
-            n_calls.append(case.impl)
-            if case.impl == "reference" and n_calls.count("reference") > 2:
-                raise MemoryError("no memory left")
+    def dying(self: Arm) -> float:
+        n_turns.append(self)
+        if n_turns.count(self) == 2 and self is n_turns[0]:
+            os.kill(self._process.pid, planted)
+        return turn(self)
 
-        return operation
-
-    monkeypatch.setattr(Workbench, "prepare", prepare)
+    monkeypatch.setattr(Arm, "turn", dying)
     rows = run("--scene", "prefill", "--impl", "reference", "--impl", "floor", "--no-memory")["rows"]
-    assert {row["impl"]: row["status"] for row in rows} == {"reference": "out of memory", "floor": "measured"}
+    assert {row["impl"]: row["status"] for row in rows} == {"reference": status, "floor": "measured"}
+    assert why in rows[0]["note"]
+    assert multiprocessing.active_children() == []
+
+
+def test_what_goes_wrong_in_a_process_of_its_own() -> None:
+    assert alone(math.hypot, 3, 4) == 5
+    with pytest.raises(UserError, match="no such thing"):
+        alone(refuse, "no such thing")
+    with pytest.raises(RuntimeError, match="ValueError: math domain error"):
+        alone(math.sqrt, -1)
+    with pytest.raises(RuntimeError, match="ended with 7"):
+        alone(os._exit, 7)
+
+
+def refuse(text: str) -> None:
+    raise UserError(text)

@@ -196,9 +196,10 @@ def test_what_is_recorded_is_what_the_layer_does(backward: bool) -> None:
     bench_ = Bench(measured, CPU, 0)
     recorded = raw.record(bench_, 200, 1, backward, "cpu")
     assert [call.name for call in recorded.operations] == ["attend_sdpa"]
-    assert len(recorded.kernels) == 4  # blocks of 64 queries
+    found = [call.function(*call.args, **call.options) for call in recorded.kernels]
+    assert [out.shape[0] for out in found] == [1, 2, 1]  # blocks of 64 queries, two of them in one call, and 8 more
     (whole,) = recorded.operations
-    blocks = torch.cat([call.function(*call.args, **call.options) for call in recorded.kernels], dim=2)
+    blocks = torch.cat([block for out in found for block in out.split(1)], dim=2)
     assert torch.equal(whole.function(*whole.args, **whole.options), blocks)
     y = bench_.layer.out(blocks.transpose(1, 2).flatten(2))
     assert torch.equal(y, bench_.layer(bench_.inputs(1, 200)).y)

@@ -14,18 +14,14 @@ import torch
 from mixers import registry
 from mixers.errors import UserError
 from mixers.scaffold import PACKAGE, scaffold
+from tests.command import ROOT, mixlab
 
-ROOT = Path(__file__).parent.parent.parent
 SMALL = ["task.n_train=64", "task.n_select=8", "task.n_report=8", "train.batch_size=8", "train.max_steps=3"]
 
 
 def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=cwd, env=environment)
-
-
-def mixlab(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return run(str(ROOT / "mixlab.py"), *words, cwd=cwd)
 
 
 def test_a_new_mixer_passes_its_test_is_listed_and_trains(tmp_path: Path) -> None:

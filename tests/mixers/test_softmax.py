@@ -129,19 +129,19 @@ def test_sinks_equal_the_loop_with_gradients_in_one_call_and_in_many(impl, optio
 @pytest.mark.parametrize("sink_logits", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_blocks_of_a_window_with_sinks_equal_the_reference(n_cached, sink_logits, padded):
-    """150 queries and a window of 3 are three blocks; without a cache the sinks lie in the first."""
+    """Four blocks, two of them in one call; without a cache the sinks lie in the first."""
     options = {"n_heads": 2, "window": 3, "sink_tokens": 2, "sink_logits": sink_logits}
     layers = [draw_sinks(build(impl=impl, **options)) for impl in ("sdpa", "reference")]
     layers[1].load_state_dict(layers[0].state_dict())
-    x = randn(2, 150 + n_cached, D)
+    x = randn(2, 230 + n_cached, D)
     mask = None
     if padded:
-        mask = torch.rand(2, 150 + n_cached) > 0.3
-        mask[1, : n_cached + 100] = False  # its sinks are in the second block
+        mask = torch.rand(2, 230 + n_cached) > 0.3
+        mask[1, : n_cached + 150] = False  # its sinks are in the third block
     results = []
     for layer in layers:
         leaf = x.clone().requires_grad_()
-        y, _ = run_in_parts(layer, leaf, [n_cached, 150], mask)
+        y, _ = run_in_parts(layer, leaf, [n_cached, 230], mask)
         results.append(with_gradients(layer, y, leaf, torch.ones_like(x)))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
@@ -212,10 +212,10 @@ def test_sink_logits_have_no_weight_decay():
 @pytest.mark.parametrize("n_cached", [0, 2])
 @pytest.mark.parametrize("padded", [False, True])
 def test_blocks_of_a_window_equal_the_reference_with_gradients(n_cached, padded):
-    """150 queries and a window of 3 are three blocks."""
+    """A first block of 64 queries, two in one call, and 18 more."""
     torch.manual_seed(2)
-    n_keys = 150 + n_cached
-    inputs = [x.requires_grad_() for x in (randn(2, 2, 150, 4), randn(2, 1, n_keys, 4), randn(2, 1, n_keys, 4))]
+    n_keys = 210 + n_cached
+    inputs = [x.requires_grad_() for x in (randn(2, 2, 210, 4), randn(2, 1, n_keys, 4), randn(2, 1, n_keys, 4))]
     valid = torch.rand(2, n_keys) > 0.3 if padded else None
     found, expected = (path(*inputs, 3, valid) for path in (attend_sdpa, attend_reference))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

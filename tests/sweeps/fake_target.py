@@ -6,7 +6,9 @@
     (train.eval_every > 0)    the select metric is reported after every step
     stuck_s                   an uninterruptible wait in every run
     outcome                   {"<seed or trial lr>": "diverged" | "raise" | "die" | "die_once" | "killed_thrice" |
-                              "hang_once" | "memory" | "memory_beside_others" | "disk_full"}
+                              "hang_once" | "memory" | "memory_beside_others" | "disk_full" | "lingers"}
+
+``lingers``: waits before its last step for the driver's word to prune it. The step that a run is at stands in step.txt.
 """
 
 from __future__ import annotations
@@ -34,14 +36,18 @@ from experiments.records import (
 
 TARGET = "tests.sweeps.fake_target:run_experiment"
 BEST_LR = 3e-3
+LINGERS_S = 60.0
 
 
 def run_experiment(
     config: ExperimentConfig, identity: RunIdentity, runs: Path, *, tracking: Any, on_progress: OnProgress
 ) -> RunOutcome:
+    import torch  # the worker has it; a driver that knows this module's name does without
+
     behaviour = json.loads(os.environ.get("MIXLAB_FAKE_TARGET", "{}"))
     folder = run_folder(runs, identity.sweep, identity.key)
     write_identity(folder, identity, config.resolved())
+    write_json(folder / "environment.json", {"n_threads": torch.get_num_threads()})
     (folder / "outcome.json").unlink(missing_ok=True)
     print(f"training {identity.key}")
     fates = behaviour.get("outcome", {})
@@ -78,7 +84,12 @@ def run_experiment(
     try:
         while step < n_steps:
             time.sleep(behaviour.get("step_s", 0.0))
+            until = time.monotonic() + (LINGERS_S if fate == "lingers" and step == n_steps - 1 else 0.0)
+            while time.monotonic() < until:
+                on_progress(Progress(step, n_steps, so_far))
+                time.sleep(0.02)
             step += 1
+            (folder / "step.txt").write_text(str(step))
             so_far = {"select/accuracy": scores(config)["select/accuracy"] * step / n_steps} if evaluates else {}
             metrics = {"train/loss": 1 / step, "text": "not a number", **so_far}
             on_progress(Progress(step, n_steps, metrics, evaluated=evaluates and step < n_steps))

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +76,19 @@ def tuned(folder: Path, n_trials: int = 4, text: str = "", **overrides: Any) -> 
     return tiny(folder, TUNED + text, budget__tune_trials=n_trials, **overrides)
 
 
+def one_arm(folder: Path, **overrides: Any) -> SweepConfig:
+    """The small sweep with its first arm only: where workers end, each one more costs seconds."""
+    path = write_sweep(folder, **{'[arms.wide]\nmixer = "softmax"\nmodel.d_model = 32\n': ""})
+    return load_sweep(path, {key.replace("__", "."): value for key, value in overrides.items()})
+
+
 def drive(sweep: SweepConfig, runs: Path, **options: Any) -> tuple[SweepResult, list[dict[str, Any]]]:
-    """Run a sweep in this process with real workers and the fake target; the result and all events."""
+    """Run a sweep in this process with a real worker and the fake target; the result and all events.
+
+    A worker's start takes seconds: there are two where a test is about what happens side by side.
+    """
     lines: list[str] = []
-    options = {"n_workers": 2, "tracked": False, "target": TARGET, **options}
+    options = {"n_workers": 1, "tracked": False, "target": TARGET, **options}
     result = run_sweep(sweep, runs, JsonView(lines.append), **options)
     return result, [json.loads(line) for line in lines]
 
@@ -92,6 +103,18 @@ def start_driver(sweep_file: Path, runs: Path, *overrides: str, behaviour: dict[
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def until(condition: Callable[[], bool], patience_s: float = 120.0) -> None:
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def steps(runs: Path) -> int:
+    """How far the only run at work has come."""
+    return max((int(path.read_text() or 0) for path in runs.glob("tiny/*/step.txt")), default=0)
 
 
 def completions(runs: Path) -> Counter[str]:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds p
 
 
 def test_killed_and_torn_a_sweep_comes_back_complete_and_the_judge_sees_what_does_not():
-    calm = Sandbox(text=ONE_ARM)
+    calm = Sandbox(text=ONE_ARM, n_workers=1)
     try:
         calm.start()
         assert calm.finish() == 0, calm.errors()
@@ -27,7 +27,7 @@ def test_killed_and_torn_a_sweep_comes_back_complete_and_the_judge_sees_what_doe
         verdict = judge(calm, truth)
         assert verdict == Verdict()
 
-        row = run_fault("torn_records", Fault(torn_records, n=3, text=ONE_ARM), truth, seed=1)
+        row = run_fault("torn_records", Fault(torn_records, n=3, text=ONE_ARM, n_workers=1), truth, seed=1)
         assert not row.bad, row
         assert row.injected >= 3
 

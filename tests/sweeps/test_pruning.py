@@ -20,14 +20,22 @@ PRUNED = {
     "base__train__eval_every": 1,
     "seeds": [0],
 }
-BEHAVIOUR = json.dumps({"n_steps": 10, "step_s": 0.05})
+RATES = {"log_uniform": [3e-3, 1e-1]}
+
+
+def behaviour(n_trials: int) -> str:
+    """Evenly spaced rates of which the first is the best: the third and later ones can't win.
+
+    They wait for the driver's word, however long it takes.
+    """
+    rates = [3e-3 * (1e-1 / 3e-3) ** (i / (n_trials - 1)) for i in range(2, n_trials)]
+    return json.dumps({"n_steps": 10, "step_s": 0.01, "outcome": {f"{rate:g}": "lingers" for rate in rates}})
 
 
 def test_trials_worse_than_the_median_end_early_and_never_win(tmp_path, monkeypatch):
-    monkeypatch.setenv("MIXLAB_FAKE_TARGET", BEHAVIOUR)
-    # The last of the evenly spaced learning rates are the worst at every step.
-    sweep = tuned(tmp_path, 6, tune__train__lr={"log_uniform": [3e-3, 1e-1]}, **PRUNED)
-    result, events = drive(sweep, tmp_path, n_workers=1)
+    monkeypatch.setenv("MIXLAB_FAKE_TARGET", behaviour(6))
+    sweep = tuned(tmp_path, 6, tune__train__lr=RATES, **PRUNED)
+    result, events = drive(sweep, tmp_path)
     assert result.outcomes == {"finished": 2 * 2 + 2, "pruned": 2 * 4}
     ended = [event for event in events if event["event"] == "run_ended"]
     pruned = [event for event in ended if event["outcome"] == "pruned"]
@@ -38,15 +46,16 @@ def test_trials_worse_than_the_median_end_early_and_never_win(tmp_path, monkeypa
     status = sweep_status(tmp_path, "tiny")
     assert [(row.n_finished, row.n_pruned, row.n_missing) for row in status.arm_cells] == [(3, 4, 0)] * 2
 
-    again, events = drive(sweep, tmp_path, n_workers=1)
+    again, events = drive(sweep, tmp_path)
     assert again.outcomes == result.outcomes
     assert not [event for event in events if event["event"] == "run_started"]
 
 
 def test_without_the_pruner_pruned_trials_are_run_to_their_end(tmp_path, monkeypatch):
-    monkeypatch.setenv("MIXLAB_FAKE_TARGET", BEHAVIOUR)
-    options = {**PRUNED, "tune__train__lr": {"log_uniform": [3e-3, 1e-1]}}
-    drive(tuned(tmp_path, 4, **options), tmp_path, n_workers=1)
+    monkeypatch.setenv("MIXLAB_FAKE_TARGET", behaviour(4))
+    options = {**PRUNED, "tune__train__lr": RATES}
+    assert drive(tuned(tmp_path, 4, **options), tmp_path)[0].outcomes == {"finished": 2 * (2 + 1), "pruned": 2 * 2}
+    monkeypatch.setenv("MIXLAB_FAKE_TARGET", "{}")
     options |= {"search__pruner": "none", "search__pruner_options": {}}
     result, _ = drive(tuned(tmp_path, 4, **options), tmp_path)
     assert result.outcomes == {"finished": 2 * (4 + 1)}
@@ -54,10 +63,10 @@ def test_without_the_pruner_pruned_trials_are_run_to_their_end(tmp_path, monkeyp
 
 
 def test_hyperband_lets_the_best_trial_finish(tmp_path, monkeypatch):
-    monkeypatch.setenv("MIXLAB_FAKE_TARGET", BEHAVIOUR)
+    monkeypatch.setenv("MIXLAB_FAKE_TARGET", json.dumps({"n_steps": 10, "step_s": 0.05}))
     options = {**PRUNED, "search__pruner": "hyperband", "search__pruner_options": {"reduction_factor": 2}}
-    sweep = tuned(tmp_path, 6, tune__train__lr={"log_uniform": [3e-3, 1e-1]}, budget__max_steps=10, **options)
-    result, events = drive(sweep, tmp_path, n_workers=1)
+    sweep = tuned(tmp_path, 6, tune__train__lr=RATES, budget__max_steps=10, **options)
+    result, events = drive(sweep, tmp_path)
     assert result.outcomes["pruned"] > 0
     assert result.outcomes["pruned"] + result.outcomes["finished"] == 2 * (6 + 1)
     assert all(event["settings"] == {"train.lr": 3e-3} for event in events if event["event"] == "chosen")

@@ -7,8 +7,11 @@ import math
 import os
 import select
 
+import pytest
+import torch
+
 from experiments.progress import Progress
-from sweeps.worker import MAX_EVENT_BYTES, EventPipe, output_to
+from sweeps.worker import MAX_EVENT_BYTES, EventPipe, output_to, release_gpu_memory
 
 
 def pipe() -> tuple[int, EventPipe]:
@@ -63,3 +66,13 @@ def test_output_goes_to_the_log_and_then_back(tmp_path, capfd):
     os.write(1, b"three\n")
     assert path.read_text() == "one\none error\ntwo\ntwo error\n"
     assert capfd.readouterr().out == "three\n"
+
+
+@pytest.mark.cuda
+def test_what_a_run_had_of_the_gpu_is_given_back():
+    held = [torch.zeros(1 << 20, device="cuda")]
+    held.append(held)
+    before = torch.cuda.memory_reserved()
+    del held
+    release_gpu_memory()
+    assert torch.cuda.memory_reserved() <= before - (4 << 20)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent.parent
+from tests.command import ROOT, mixlab
+
 PLUGIN = """
 from mixers.base import Traits
 from mixers.pkm import ProductKeyMemory
@@ -31,14 +30,7 @@ class Crashes(ProductKeyMemory):
 
 
 def check(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mixlab", "check", *args],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "200"},
-        check=False,
-    )
+    return mixlab("check", *args, cwd=ROOT, COLUMNS="200")
 
 
 def test_a_mixer_that_passes() -> None:
