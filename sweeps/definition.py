@@ -102,8 +102,8 @@ class SweepConfig(StrictModel):
     base: overrides of the experiment that all runs share; after :func:`load_sweep` it holds the experiment as well.
     arms: name -> overrides; ``mixer`` is short for ``model.pattern``, ``free`` names the dimension that [match] solves.
     vary: dotted path -> values, crossed. tune: dotted path -> search space.
-    threads: CPU threads of torch in every run. Sums of several threads are rounded otherwise than those of one, so it
-        belongs to the question, and never follows from how many runs share the machine.
+    threads: CPU threads of torch in every run. Sums of several threads may be rounded otherwise than those of one, so
+        it belongs to the question, and never follows from how many runs share the machine.
     """
 
     name: str

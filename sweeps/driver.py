@@ -150,7 +150,7 @@ def run_sweep(
                 view.show(
                     Note(
                         f"its runs have had threads={n_threads_before} so far, those to come have {sweep.threads}: "
-                        "the last bits of their results differ, and their timings can't be compared"
+                        "the last bits of their results may differ, and their timings can't be compared"
                     )
                 )
             result = driver.run(place.executor, place.n_workers)
@@ -277,12 +277,13 @@ class Driver:
         """Arm-cells in order: an early one's replicates come before a late one's tuning.
 
         But for as many replicates as there are slots: those fill them while a last search waits for its last trials.
-        When nothing else is left, the longest come first, so that all slots end at about the same time.
+        When all searches are over, the longest come first, so that all slots end at about the same time.
         """
         if self.again:
             return self.again.pop(0)
         order = self.arm_cells
-        if 1 < self.n_slots >= sum(arm_cell.n_waiting for arm_cell in order):
+        few = sum(arm_cell.n_waiting for arm_cell in order) <= self.n_slots
+        if self.n_slots > 1 and (few or not any(arm_cell.tunes for arm_cell in order)):
             order = sorted(order, key=lambda it: (False, 0.0) if it.tunes else (True, -it.expected_s))
         for arm_cell in order:
             chosen_before = arm_cell.choice
