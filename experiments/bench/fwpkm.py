@@ -212,7 +212,7 @@ def measure(report: Report, say: Callable[[str], None]) -> Iterator[tuple[str, l
 def _why_refused(impl: str, s: Settings) -> tuple[str, str] | None:
     try:
         why = alone(why_wrong, impl, s.device, s.seed)
-    except UserError as error:
+    except (UserError, RuntimeError) as error:
         return FAILED, str(error)
     return (WRONG, why) if why else None
 

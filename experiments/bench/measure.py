@@ -19,8 +19,8 @@ Item = TypeVar("Item", bound=Hashable)
 ENOUGH_S = 15.0
 # Short operations are called for so long in a turn.
 TURN_S = 0.03
-# One that takes longer than this is called once.
-SETTLED_S = 0.3
+# One that takes longer than this is called once, others once before without counting.
+SETTLED_S = 3.0
 
 
 def seconds(operation: Operation, device: str) -> float:
@@ -38,8 +38,11 @@ def seconds(operation: Operation, device: str) -> float:
 
 
 def turn(operation: Operation, device: str, short_s: float = TURN_S) -> float:
-    """Seconds of a call: of a short one the median of all that fit into ``short_s``, after one that doesn't count, as
-    caches hold what others have used and threads may sleep."""
+    """Seconds of a call: of a short one the median of all that fit into ``short_s``, after one that doesn't count.
+
+    When it is its turn again, caches hold what others have used, threads may sleep, and memory that another has given
+    back is slow to come: on a virtual machine the first call after the dense baseline's took up to 15 times as long.
+    """
     first = seconds(operation, device)
     if first > SETTLED_S:
         return first
