@@ -23,7 +23,7 @@ demo: $(VENV)/.ready
 
 # One thread per test process: they share the cores.
 test: $(VENV)/.ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 chaos: $(VENV)/.ready-dev
 	$(BIN)/python -m tests.chaos

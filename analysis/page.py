@@ -26,6 +26,8 @@ COMPARE_SCRIPTS = (
     "source.js",
     "main.js",
 )
+# the element at which a page's own part begins
+_START = {"sweeps": "list", "compare": "plot", "mixers": "content"}
 
 
 def _plotly_js() -> Path:
@@ -46,7 +48,7 @@ def report_page(payload: dict[str, Any]) -> str:
     ]
     styles = f"<style>\n{(STATIC / 'compare.css').read_text(encoding='utf-8')}</style>"
     inline = "\n".join("<script>\n" + text.replace("</script", "<\\/script") + "\n</script>" for text in scripts)
-    return filled("compare.html", title="mixlab: comparison", styles=styles, scripts=inline, data=script_json(payload))
+    return filled("compare", navigation="", styles=styles, scripts=inline, data=script_json(payload))
 
 
 def script_json(value: Any) -> str:
@@ -55,11 +57,19 @@ def script_json(value: Any) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def filled(template: str, *, title: str, styles: str, scripts: str, data: str) -> str:
-    """A page of STATIC with its parts in place."""
-    page = (STATIC / template).read_text(encoding="utf-8")
-    for mark, text in (("@TITLE@", title), ("@STYLES@", styles)):
-        page = page.replace(mark, text, 1)
+def filled(name: str, *, navigation: str, styles: str, scripts: str, data: str) -> str:
+    """The page ``name`` of STATIC in the frame that all have, with its parts in place."""
+    page = (STATIC / "page.html").read_text(encoding="utf-8")
+    parts = {
+        "@TITLE@": f"mixlab: {name}",
+        "@STYLES@": styles,
+        "@START@": _START[name],
+        "@HEADING@": name.capitalize(),
+        "@NAVIGATION@": navigation,
+        "@MAIN@": (STATIC / f"{name}.html").read_text(encoding="utf-8").rstrip(),
+    }
+    for mark, text in parts.items():
+        page = page.replace(mark, text)
     # cut before filling: data and plotly may themselves contain a mark
     before, rest = page.split("@DATA@")
     between, after = rest.split("@SCRIPTS@")

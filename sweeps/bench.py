@@ -206,11 +206,12 @@ def workers_of_cores(folder: Path, size: Size) -> Iterator[Row]:
                 {record.identity.key: record.outcome.metrics for record in read_sweep_runs(runs, "quickstart")}
             )
     n_runs = len(found[0])
-    medians = {}
+    medians, trained_s = {}, {}
     for n, those in taken.items():
         named = f"{n} worker{'s' if n > 1 else ''}"
         medians[n] = statistics.median(one.wall_s for one in those)
         first_s = statistics.median(one.first_s for one in those)
+        trained_s[n] = medians[n] - first_s
         yield Row(
             "workers",
             f"whole command, {n_runs} trainings of at most {size.n_sweep_steps} steps, {named}",
@@ -225,6 +226,8 @@ def workers_of_cores(folder: Path, size: Size) -> Iterator[Row]:
     factor, asked = medians[1] / medians[size.many], _n_cores() >= size.many == 2
     goal = "x1.7 with 2 on 2 cores"
     yield Row("workers", f"{size.many} against one", factor, "x", goal, factor >= 1.7 if asked else None)
+    factor = trained_s[1] / trained_s[size.many]
+    yield Row("workers", "the same from the first training on, as in a long sweep", factor, "x")
     n_other = sum(one.get(key) != metrics for one in found for key, metrics in found[0].items())
     yield Row("workers", "results that differ, of all but the first sweep", n_other, "", "0", n_other == 0)
 

@@ -9,6 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from flask import Response, request
@@ -22,6 +23,10 @@ class Answer:
     body: bytes
     etag: str
     status: int = 200
+
+    @cached_property
+    def compressed(self) -> bytes:
+        return gzip.compress(self.body, _GZIP_LEVEL, mtime=0)
 
 
 def answer(value: Any, status: int = 200) -> Answer:
@@ -60,7 +65,7 @@ def respond(given: Answer) -> Response:
         return Response(status=304, headers=headers)
     body = given.body
     if len(body) >= _COMPRESS_FROM and "gzip" in request.accept_encodings:
-        body = gzip.compress(body, _GZIP_LEVEL, mtime=0)
+        body = given.compressed
         headers["Content-Encoding"] = "gzip"
         headers["Vary"] += ", Accept-Encoding"
     return Response(body, status=given.status, mimetype="application/json", headers=headers)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import gzip
 import threading
 from collections.abc import Callable, Hashable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from flask import Flask, Response, request, send_from_directory
 
 from analysis.dashboard import mlflow_private
 from analysis.dashboard.answers import Answer, Answers, answer, respond
-from analysis.dashboard.pages import PAGES, STATIC_FILES, page
+from analysis.dashboard.pages import STATIC_FILES, page
 from analysis.dashboard.store import Store, VisibleStore
 from analysis.dashboard.views import Views
 from analysis.page import PLOTLY_JS, STATIC
@@ -21,6 +21,7 @@ from experiments.errors import UserError
 from experiments.paths import runs_root
 
 _YEAR_S = 365 * 24 * 3600
+_WARM = 30  # sweeps, fewer than the answers that are kept
 # Scripts from here only, and none in the page itself: a name that became markup could still do nothing.
 # Styles may stand in the page, as plotly sets them there.
 CONTENT_POLICY = (
@@ -79,13 +80,15 @@ def add_pages(app: Flask, prefix: str, may_read: Callable[[list[str]], list[str]
     views: dict[str, Callable[[], Response]] = {
         "/sweeps/data": server.overview,
         "/compare/sweeps": server.names,
-        "/compare/data": server.comparison,
-        "/compare/statistics": server.statistics,
-        "/compare/runs": server.runs,
-        "/compare/seeds": server.seeds,
+        "/compare/data": lambda: server.of_sweep(server.views.comparison, "x", "y"),
+        "/compare/statistics": lambda: server.of_sweep(server.views.statistics, "x", "y"),
+        "/compare/runs": lambda: server.of_sweep(server.views.runs_of, "arm", "cell"),
+        "/compare/seeds": lambda: server.of_sweep(server.views.seeds, "x", "y"),
         "/mixers/data": server.mixers,
         "/compare/plotly.js": plotly_js,
-        **{f"/{name}": (lambda name=name: _page(name)) for name in PAGES},
+        "/sweeps": lambda: _page("sweeps", draws=False),
+        "/compare": lambda: _page("compare", draws=True),
+        "/mixers": lambda: _page("mixers", draws="name" in request.args),  # else they are a list
         **{f"/compare/static/{name}": (lambda name=name: _static(name)) for name in STATIC_FILES},
     }
     for rule, view in views.items():
@@ -119,77 +122,57 @@ class _Server:
     def __init__(self, may_read: Callable[[list[str]], list[str]]) -> None:
         self._may_read = may_read
         self._answers = Answers()
-        self._views = Views(runs_root())
+        self.views = Views(runs_root())
         self._store: Store | None = None
         self._lock = threading.Lock()
 
     def overview(self) -> Response:
         store = self._visible()
-        return self._respond("overview", store, sweep_experiments(store), lambda: self._views.overview(store))
+        return self._respond("overview", store, sweep_experiments(store), lambda: self.views.overview(store))
 
     def names(self) -> Response:
         found = sweep_experiments(self._visible())
         return respond(answer([{"id": entry.experiment_id, "name": entry.name} for entry in found]))
 
-    def comparison(self) -> Response:
+    def of_sweep(self, view: Callable[..., Any], *names: str) -> Response:
+        """``view`` of the sweep that the request names, given the request's values of ``names`` and its tags."""
         given = request.args
         store, sweep, tags = self._visible(), given.get("experiment", ""), given.getlist("tag")
-        x, y = given.get("x"), given.get("y")
-        return self._of_sweep(
-            "comparison", store, sweep, (x, y, *tags), lambda: self._views.comparison(store, sweep, x, y, tags)
-        )
-
-    def statistics(self) -> Response:
-        given = request.args
-        store, sweep, tags = self._visible(), given.get("experiment", ""), given.getlist("tag")
-        x, y = given.get("x"), given.get("y")
-        return self._of_sweep(
-            "statistics", store, sweep, (x, y, *tags), lambda: self._views.statistics(store, sweep, x, y, tags)
-        )
-
-    def runs(self) -> Response:
-        given = request.args
-        store, sweep, tags = self._visible(), given.get("experiment", ""), given.getlist("tag")
-        arm, cell = given.get("arm", ""), given.get("cell", "")
-        return self._of_sweep(
-            "runs", store, sweep, (arm, cell, *tags), lambda: self._views.runs_of(store, sweep, arm, cell, tags)
-        )
-
-    def seeds(self) -> Response:
-        given = request.args
-        store, sweep, tags = self._visible(), given.get("experiment", ""), given.getlist("tag")
-        x, y = given.get("x", ""), given.get("y", "")
-        return self._of_sweep("seeds", store, sweep, (x, y, *tags), lambda: self._views.seeds(store, sweep, x, y, tags))
+        values = [given.get(name, "") for name in names]
+        try:
+            entry = find_experiment(store, sweep)
+        except UserError as error:
+            return respond(answer({"error": str(error)}, 404))
+        question = (view.__name__, *values, *tags)
+        return self._respond(question, store, [entry], lambda: view(store, sweep, *values, tags))
 
     def mixers(self) -> Response:
         store, name = self._visible(), request.args.get("name")
-        make = (lambda: self._views.mixers(store)) if name is None else (lambda: self._views.mixer(store, name))
-        question = ("mixers", name, self._views.results_state())
+        make = (lambda: self.views.mixers(store)) if name is None else (lambda: self.views.mixer(store, name))
+        question = ("mixers", name, self.views.results_state())
         return self._respond(question, store, sweep_experiments(store), make)
 
     def warm_up(self) -> None:
-        """Read the store before anybody asks; what fails then is said to whoever asks."""
+        """Read the store, and compare what is newest, before anybody asks; what fails is said to whoever asks."""
 
         def read() -> None:
             try:
                 store = VisibleStore(self._opened(), everything)
-                for entry in sweep_experiments(store):
+                sweeps = sweep_experiments(store)
+                for entry in sweeps:
                     store.runs(entry.experiment_id, params=True)
+                for entry in sweeps[:_WARM]:
+                    make = partial(self.views.comparison, store, entry.name, "", "", [])
+                    self._answer(("comparison", "", ""), store, [entry], make)
             except Exception:  # noqa: BLE001 - boundary: a store that can't be read now may be readable later
                 return
 
         threading.Thread(target=read, name="mixlab warm-up", daemon=True).start()
 
-    def _of_sweep(
-        self, kind: str, store: VisibleStore, sweep: str, question: Hashable, make: Callable[[], Any]
-    ) -> Response:
-        try:
-            entry = find_experiment(store, sweep)
-        except UserError as error:
-            return respond(answer({"error": str(error)}, 404))
-        return self._respond((kind, entry.experiment_id, question), store, [entry], make)
-
     def _respond(self, question: Hashable, store: VisibleStore, about: list[Any], make: Callable[[], Any]) -> Response:
+        return respond(self._answer(question, store, about, make))
+
+    def _answer(self, question: Hashable, store: VisibleStore, about: list[Any], make: Callable[[], Any]) -> Answer:
         """``about``: the experiments that the answer depends on. With the user's view they are part of its state."""
 
         def made() -> Answer:
@@ -198,8 +181,8 @@ class _Server:
             except UserError as error:
                 return answer({"error": str(error)}, 404)
 
-        state = self._views.state(store, about)
-        return respond(self._answers.get((question, tuple(entry.experiment_id for entry in about)), state, made))
+        state = self.views.state(store, about)
+        return self._answers.get((question, tuple(entry.experiment_id for entry in about)), state, made)
 
     def _visible(self) -> VisibleStore:
         return VisibleStore(self._opened(), self._may_read)
@@ -211,8 +194,8 @@ class _Server:
             return self._store
 
 
-def _page(name: str) -> Response:
-    return Response(page(name), mimetype="text/html", headers={"Cache-Control": "no-cache", **_SECURITY})
+def _page(name: str, *, draws: bool) -> Response:
+    return Response(page(name, draws=draws), mimetype="text/html", headers={"Cache-Control": "no-cache", **_SECURITY})
 
 
 def _static(name: str) -> Response:

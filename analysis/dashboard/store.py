@@ -89,9 +89,18 @@ class Store:
         self._lock = threading.Lock()
         # SQLite counts the writes of others per connection: this one stays open
         self._watch = self._engine.connect() if self._engine.dialect.name == "sqlite" else None
+        self._listed: tuple[int, list[StoredExperiment]] | None = None
 
     def experiments(self) -> list[StoredExperiment]:
         """Experiments that are not deleted, newest first. Reads no run, only how many there are and when they ended."""
+        if self._watch is None:
+            return self._read_experiments()
+        writes = self._writes()  # looked at before reading: what is written meanwhile is read at the next look
+        if self._listed is None or self._listed[0] != writes:
+            self._listed = (writes, self._read_experiments())
+        return self._listed[1]
+
+    def _read_experiments(self) -> list[StoredExperiment]:
         t = self._tables
         with self._engine.connect() as connection:
             found = connection.execute(

@@ -52,9 +52,7 @@ class Views:
             for entry in sweep_experiments(store)
         ]
 
-    def comparison(
-        self, store: VisibleStore, sweep: str, x: str | None, y: str | None, tags: list[str]
-    ) -> dict[str, Any]:
+    def comparison(self, store: VisibleStore, sweep: str, x: str, y: str, tags: list[str]) -> dict[str, Any]:
         """One sweep: what `mixlab compare --json` prints, and how to show it; see :func:`analysis.payload.payload`.
 
         Instead of the runs there is for every comparison in which settings its runs differ (``told``). ``tags``
@@ -80,7 +78,7 @@ class Views:
             "progress": {name: counts[name] for name in ("planned", "counts", "changed_ms")},
         }
 
-    def statistics(self, store: VisibleStore, sweep: str, x: str | None, y: str | None, tags: list[str]) -> Any:
+    def statistics(self, store: VisibleStore, sweep: str, x: str, y: str, tags: list[str]) -> Any:
         """What is inferred of one sweep beside its means, see :mod:`analysis.findings`, and how it was made."""
         entry = find_experiment(store, sweep)
         saved, all_rows = self._sweep(store, entry)

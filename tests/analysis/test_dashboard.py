@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import socket
 import sqlite3
 import urllib.error
@@ -32,15 +30,9 @@ from tests.analysis.browser import (
     wait_for_points,
     wait_until,
 )
-from tests.analysis.conftest import (
-    HOSTILE,
-    Store,
-    Watched,
-    free_port,
-    gone_within,
-    processes_with,
-    start_dashboard,
-)
+from tests.analysis.conftest import HOSTILE, Store, Watched, free_port
+
+pytestmark = pytest.mark.xdist_group("browser")  # one server and one browser for all of them
 
 
 def get(address: str, **headers: str) -> tuple[int, Any, str]:
@@ -377,15 +369,3 @@ def test_a_password_in_the_address_of_a_store_is_not_repeated() -> None:
     with pytest.raises(UserError) as caught:
         check_store("postgresql+nosuch://user:secret@127.0.0.1:1/db")
     assert "secret" not in str(caught.value)
-
-
-def test_the_server_goes_even_when_the_command_is_killed_outright(store: Store) -> None:
-    port = free_port()
-    process = start_dashboard("--runs", str(store.runs), "--store", store.uri, "--port", str(port))
-    mark = f"--port {port}"
-    assert len(processes_with(mark)) >= 2
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert process.stdout is not None
-    process.stdout.close()
-    assert gone_within(mark, 60.0), processes_with(mark)

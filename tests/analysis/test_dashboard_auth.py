@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import stat
+import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -19,11 +20,14 @@ from analysis.dashboard.login import Login
 from analysis.dashboard.server import serve
 from experiments.errors import UserError
 from tests.analysis import planted
-from tests.analysis.conftest import free_port, start_dashboard
+from tests.analysis.conftest import free_port, gone_within, processes_with, start_dashboard
 from tests.stores import postgres
 
 # on import of MLflow's server, which its client for users needs
-pytestmark = pytest.mark.filterwarnings("ignore:starlette.middleware.wsgi is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:starlette.middleware.wsgi is deprecated"),
+    pytest.mark.xdist_group("team"),
+]
 PASSWORDS = {"admin": "an admin's password", "reader": "a reader's password", "writer": "a writer's password"}
 
 
@@ -31,6 +35,7 @@ class Team(NamedTuple):
     address: str
     runs: Path
     ids: dict[str, str]
+    process: subprocess.Popen[str]
 
     def get(self, path: str, user: str | None, **more: Any) -> tuple[int, str]:
         return self.call("GET", path, user, **more)
@@ -76,13 +81,14 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
             *("--allowed-hosts", "lab.example,127.0.0.1:*"),
         )
         try:
-            found = Team(f"http://127.0.0.1:{port}/lab", runs, ids)
+            found = Team(f"http://127.0.0.1:{port}/lab", runs, ids, process)
             give_roles(found, patch)
             yield found
         finally:
-            process.send_signal(signal.SIGINT)
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
             said, _ = process.communicate(timeout=60)
-        assert process.returncode == 0, said
+        assert process.returncode in (0, -signal.SIGKILL), said  # the last test kills it
 
 
 def give_roles(team: Team, patch: pytest.MonkeyPatch) -> None:
@@ -207,3 +213,12 @@ def test_a_login_that_cannot_work_is_one_line(tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "auth.db").exists()
     with pytest.raises(UserError, match=r"--host 0.0.0.0: .* --auth for a login, or say --allow-public"):
         serve(store="sqlite:///none.db", runs=tmp_path, host="0.0.0.0", port=free_port())
+
+
+def test_the_server_goes_even_when_the_command_is_killed_outright(team: Team) -> None:
+    """Last, since nothing answers after it."""
+    mark = f"--port {team.address.split(':')[-1].removesuffix('/lab')}"
+    assert len(processes_with(mark)) >= 2
+    os.kill(team.process.pid, signal.SIGKILL)
+    team.process.wait()
+    assert gone_within(mark, 60.0), processes_with(mark)

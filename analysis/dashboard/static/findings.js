@@ -6,12 +6,17 @@ mixlab.drawFindings = function (host, found, shown) {
   const e = mixlab.element;
   const open = new Set([...host.querySelectorAll("details[open]")].map((details) => details.dataset.name));
   const sections = found.flatMap((one) => [
-    ["paired", "Paired differences", paired(one)], ["capacity", "Capacity", capacity(one)], ["tuning", "Tuning", tuning(one)],
-    ["exclusions", `In no mean (${one.exclusions.length} runs)`, exclusions(one)], ["method", "Method", method(one)],
-  ].filter(([, , content]) => content !== null).map(([name, title, content]) => {
+    ["paired", "Paired differences", one.paired.differences.length, paired], ["capacity", "Capacity", one.capacity.length, capacity],
+    ["tuning", "Tuning", one.tuning.arm_cells.length, tuning], ["exclusions", `In no mean (${one.exclusions.length} runs)`, one.exclusions.length, exclusions],
+    ["method", "Method", 1, method],
+  ].filter(([, , n]) => n > 0).map(([name, title, , content]) => {
     const full = `${one.sweep} ${name}`;
-    const details = e("details", { "data-name": full }, e("summary", {}, found.length > 1 ? `${one.sweep}: ${title}` : title), ...content);
+    const details = e("details", { "data-name": full }, e("summary", {}, found.length > 1 ? `${one.sweep}: ${title}` : title));
+    // what is closed is made once it is opened: of many sweeps these are thousands of cells
+    const fill = () => { if (details.open && details.children.length === 1) details.append(...content(one)); };
     details.open = open.has(full) || (host.children.length === 0 && name === "paired" && found.length === 1);
+    details.ontoggle = fill;
+    fill();
     return details;
   }));
   host.replaceChildren(...sections);
@@ -26,7 +31,6 @@ mixlab.drawFindings = function (host, found, shown) {
   // Each arm against the best of its cell, of the arms and cells shown.
   function paired(one) {
     const differences = new Map(one.paired.differences.map((each) => [JSON.stringify([each.cell, each.a, each.b]), each]));
-    if (differences.size === 0) return null;
     const probability = new Map(one.pareto_probability.map((each) => [JSON.stringify([each.arm, each.cell]), each.probability]));
     const lines = shown.lines.filter((line) => line.sweep === one.sweep);
     const sign = shown.y.direction === "maximize" ? 1 : -1;
@@ -57,7 +61,6 @@ mixlab.drawFindings = function (host, found, shown) {
   function signed(value) { return (value >= 0 ? "+" : "−") + (Math.abs(value) < 1e3 ? Math.abs(value).toFixed(3) : Math.abs(value).toPrecision(3)); }
 
   function capacity(one) {
-    if (one.capacity.length === 0) return null;
     const thresholds = [...new Set(one.capacity.flatMap((each) => each.thresholds.map((t) => t.accuracy)))];
     const rows = one.capacity.map((each) => {
       const best = each.points.reduce((top, point) => ((point.bits_per_byte ?? -1) > (top?.bits_per_byte ?? -1) ? point : top), null);
@@ -77,7 +80,6 @@ mixlab.drawFindings = function (host, found, shown) {
 
   function tuning(one) {
     const { arm_cells: all, faults, edges, equal } = one.tuning;
-    if (all.length === 0) return null;
     const rows = all.map((each) => [each.arm, each.cell, `${each.n_finished}/${each.n_planned}`, each.best === null ? "–" : String(Number(each.best.toPrecision(4))),
       Object.entries(each.chosen).map(([name, value]) => `${name}=${value}`).join(", "),
       each.sensitivity.map((s) => (s.edge && s.n_values >= 3 ? (s.edge === "high" ? "▲ " : "▼ ") : "") + (s.ratio === null ? "" : `${s.open_low || s.open_high ? "≥ " : ""}${Number(s.ratio.toPrecision(3))}x`)).join(", ")]);
@@ -87,7 +89,6 @@ mixlab.drawFindings = function (host, found, shown) {
   }
 
   function exclusions(one) {
-    if (one.exclusions.length === 0) return null;
     const columns = Object.keys(one.exclusions[0]).filter((name) => name !== "key");
     return [table(columns.map((name) => [name, true]), one.exclusions.map((each) => columns.map((name) => (each[name] === null ? "" : String(each[name])))), "Runs in no mean")];
   }

@@ -29,6 +29,16 @@ mixlab.spread = function (found) {
   return mean + " ±" + (usual ? half.toFixed(3) : String(Number(half.toPrecision(2))));
 };
 
+// Gives a function that does `act` once what was just drawn is on the screen; called again before that, it acts once.
+mixlab.afterPaint = function (act) {
+  let isDue = false;
+  return () => {
+    if (isDue) return;
+    isDue = true;
+    requestAnimationFrame(() => setTimeout(() => { isDue = false; act(); }));
+  };
+};
+
 // plotly reads a small dialect of HTML in its texts: names of arms and settings must not be taken for it.
 mixlab.plotlyText = function (text) {
   return String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");

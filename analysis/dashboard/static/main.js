@@ -14,7 +14,15 @@
   let findings = null; // likewise
   let drawnWidth = 0;
 
+  const drawRest = mixlab.afterPaint(() => {
+    const shown = selection();
+    mixlab.drawTable(byId("table"), shown, pick);
+    drawFindings(shown);
+  });
+
   mixlab.theme(view, draw);
+  // plotly, which is large, comes last: the data are asked for before, and their table may be there first
+  if (!window.Plotly) document.addEventListener("DOMContentLoaded", draw);
   new ResizeObserver(() => { if (byId("plot").clientWidth !== drawnWidth) draw(); }).observe(byId("plot"));
   addListeners();
   if (embedded !== null) {
@@ -29,7 +37,6 @@
     }
     known = (await response.json()).map((sweep) => ({ ...sweep }));
     byId("served").hidden = false;
-    for (const element of document.querySelectorAll(".served")) element.hidden = false;
     if (known.length === 0) return say("This store holds no sweep yet: run one with `mixlab sweep run`, then reload.");
     loadData();
   }
@@ -212,7 +219,7 @@
     Promise.all(shown.model.sweeps.map((sweep) => ask(sweep.name, shown.x.name, shown.y.name))).then((found) => {
       mine.value = found;
       if (mine === seedRuns) draw();
-      if (mine === findings) drawFindings(selection());
+      if (mine === findings) drawRest();
     }, (error) => say(`${title}: ${error.message}`, true));
     return mine;
   }
@@ -223,7 +230,7 @@
     if (found === null) return;
     mixlab.drawFindings(byId("findings"), found, shown);
     // curves do not hang on the axes: a report has them for any
-    mixlab.drawFigures(byId("figures"), embedded === null ? found : [source.curves(shown.model.sweeps[0].name)], shown);
+    if (window.Plotly) mixlab.drawFigures(byId("figures"), embedded === null ? found : [source.curves(shown.model.sweeps[0].name)], shown);
   }
 
   async function pick(arm, cell, sweep) {
@@ -241,7 +248,7 @@
     for (const id of ["xlog", "ylog", "intervals", "front", "seeds"]) byId(id).checked = shown[id];
     if (byId("key").dataset.by !== shown.color.name) { byId("key").dataset.by = shown.color.name; fillLegend(); }
     drawnWidth = byId("plot").clientWidth;
-    const nLeftOut = mixlab.drawPlot(byId("plot"), shown, pick);
+    const nLeftOut = window.Plotly ? mixlab.drawPlot(byId("plot"), shown, pick) : 0;
     const nMore = shown.allPanels.length - shown.panels.length;
     const told = [];
     if (nMore > 0) told.push(`${nMore} more panels: choose cells, or another grouping.`);
@@ -249,7 +256,6 @@
     if (view.all("tag").length > 0) told.push("Only runs with the chosen tags: those without count as missing.");
     byId("left-out").textContent = told.join(" ");
     byId("plot").setAttribute("aria-label", `${shown.y.label} against ${shown.x.label}: ${shown.lines.length} points, listed in the table below`);
-    mixlab.drawTable(byId("table"), shown, pick);
-    drawFindings(shown);
+    drawRest();
   }
 })();

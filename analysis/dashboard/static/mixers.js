@@ -10,6 +10,7 @@
   let drawnWidth = 0;
 
   mixlab.theme(view, draw);
+  document.addEventListener("DOMContentLoaded", draw); // plotly comes last
   new ResizeObserver(() => { if (byId("plot").clientWidth !== drawnWidth) draw(); }).observe(byId("plot"));
   byId("controls").onsubmit = (event) => event.preventDefault();
   for (const id of ["x", "y"]) byId(id).onchange = () => { view.set({ [id]: byId(id).value }); draw(); };
@@ -76,7 +77,7 @@
   }
 
   function draw() {
-    if (data === null) return;
+    if (data === null || !window.Plotly) return;
     const all = axes();
     const named = (id, otherwise) => all.find((axis) => axis.name === view.get(id)) ?? all.find((axis) => axis.name === otherwise) ?? all[0];
     const x = named("x", all.some((axis) => axis.name === "cost/state_context_tokens") && !all.some((axis) => axis.name.startsWith("factor/")) ? "cost/state_context_tokens" : all[0].name);

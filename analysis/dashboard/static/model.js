@@ -91,7 +91,11 @@ mixlab.panels = function (shown) {
   const rest = (line) => Object.entries(line.factors).filter(([name]) => name !== factor).map(([name, value]) => `${name}=${value}`).join(", ") || "all cells";
   const title = shown.facet.name === "none" ? () => "" : shown.facet.name === "cell" && factor !== null ? rest : shown.facet.of;
   const groups = new Map();
-  for (const line of shown.lines) groups.set(title(line), [...(groups.get(title(line)) ?? []), line]);
+  for (const line of shown.lines) {
+    const name = title(line);
+    if (!groups.has(name)) groups.set(name, []);
+    groups.get(name).push(line);
+  }
   return [...groups].map(([name, lines]) => ({
     title: name, lines, single: factor === null && new Set(lines.map((line) => line.cell)).size === 1,
   }));

@@ -13,6 +13,7 @@ mixlab.scale = function (axis, values, log, theme, isX, nTicks) {
   const base = {
     title: { text: mixlab.plotlyText(axis.label), standoff: 8 }, gridcolor: theme.grid, linecolor: theme.quiet,
     zerolinecolor: theme.grid, showline: true, ticks: "outside", automargin: true, tickangle: 0,
+    ticklabeloverflow: "allow", // the margins make room for labels: looking for those without it takes long
   };
   if (!log || positive.length === 0) {
     const layout = { ...base, type: "linear" };

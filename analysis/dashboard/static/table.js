@@ -3,7 +3,7 @@
 
 mixlab.COSTS = [["state_bytes", "state"], ["state_bytes_fixed", "state, fixed"], ["state_bytes_per_token", "state / token"],
   ["params", "params"], ["flops_per_token", "FLOPs / token"], ["train_tokens_per_s", "train tok/s"]];
-mixlab.MAX_ROWS = 200;
+mixlab.MAX_ROWS = 120;
 
 // A row per line, grouped by sweep and cell. More than MAX_ROWS are shown on demand only.
 mixlab.drawTable = function (table, shown, onPick) {
