@@ -116,21 +116,22 @@ def measure(parts: tuple[str, ...], size: Size, say: Callable[[str], None]) -> I
 
 
 def planning(folder: Path, size: Size) -> Iterator[Row]:
+    started = time.monotonic()
     from mixers import registry
     from sweeps.definition import load_sweep
     from sweeps.plan import plan
 
+    registry.load_all()  # torch and all layers
+    seconds_to_import = time.monotonic() - started
     path, n_cells = _write(folder, "engine", ENGINE), _n_cells(size.n_planned)
     sweep = load_sweep(str(path), _cells(n_cells))
     started = time.monotonic()
-    registry.load_all()  # torch and all layers
-    imported = time.monotonic()
     n_runs = plan(sweep).n_runs
-    seconds = time.monotonic() - imported
+    seconds = time.monotonic() - started
     yield Row(
         "plan", f"planning {n_runs:,} runs", seconds, "s", "< 5 for 10,000", _at(size.n_planned, 10_000, seconds < 5)
     )
-    yield Row("plan", "importing torch and the layers", imported - started, "s")
+    yield Row("plan", "importing torch and the layers", seconds_to_import, "s")
 
 
 def engine(folder: Path, size: Size) -> Iterator[Row]:
