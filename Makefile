@@ -14,7 +14,7 @@ TORCH := torch==2.13.0
 GPU_PYTHON ?= $(BIN)/python
 GPU_WORKERS ?= 8
 
-.PHONY: demo test chaos gpu-check lint format dashboard clean
+.PHONY: demo test test-failed chaos gpu-check lint format dashboard clean
 
 demo: $(VENV)/.ready
 	$(BIN)/mixlab sweep run quickstart
@@ -24,6 +24,10 @@ demo: $(VENV)/.ready
 # One thread per test process: they share the cores.
 test: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
+
+# What failed last, one after another; fails when nothing is known to have failed.
+test-failed: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 
 chaos: $(VENV)/.ready-dev
 	$(BIN)/python -m tests.chaos

@@ -140,6 +140,7 @@ def close_connections(dialect: str) -> None:
     """Close what pools of this process keep open: MLflow holds on to the engines of its stores."""
     from sqlalchemy import Engine
 
+    gc.collect()  # what a test left open is found here, in its own teardown, and not wherever memory is next collected
     for engine in [each for each in gc.get_objects() if type(each) is Engine and each.dialect.name == dialect]:
         engine.dispose()
 

@@ -78,7 +78,7 @@ class _Kept:
 
 
 class Store:
-    """The store at ``uri``, for reading only. Safe to use from several threads."""
+    """The store at ``uri``, for reading only. Safe to use from several threads; ``with`` closes its connections."""
 
     def __init__(self, uri: str) -> None:
         self._engine = _read_only_engine(uri)
@@ -90,6 +90,14 @@ class Store:
         # SQLite counts the writes of others per connection: this one stays open
         self._watch = self._engine.connect() if self._engine.dialect.name == "sqlite" else None
         self._listed: tuple[int, list[StoredExperiment]] | None = None
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._watch is not None:
+            self._watch.close()
+        self._engine.dispose()
 
     def experiments(self) -> list[StoredExperiment]:
         """Experiments that are not deleted, newest first. Reads no run, only how many there are and when they ended."""

@@ -43,8 +43,14 @@ def same_as_the_client(store: Store, uri: str, name: str) -> bool:
     return ours == theirs
 
 
-def test_a_store_in_bulk_is_the_store_run_by_run(big: str) -> None:
-    store = Store(big)
+@pytest.fixture
+def big_store(big: str) -> Iterator[Store]:
+    with Store(big) as store:
+        yield store
+
+
+def test_a_store_in_bulk_is_the_store_run_by_run(big: str, big_store: Store) -> None:
+    store = big_store
     entries = store.experiments()
     assert {entry.name for entry in entries} == {"Default", "big_00", "big_01"}
     assert same_as_the_client(store, big, "big_00")
@@ -69,8 +75,14 @@ def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield uri
 
 
-def test_what_changes_is_seen_at_the_next_look(fresh: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    client, store = client_of(fresh), Store(fresh)
+@pytest.fixture
+def fresh_store(fresh: str) -> Iterator[Store]:
+    with Store(fresh) as store:
+        yield store
+
+
+def test_what_changes_is_seen_at_the_next_look(fresh: str, fresh_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, store = client_of(fresh), fresh_store
     experiment = client.create_experiment("live", tags={"mixlab.metric.report": "report/accuracy"})
     names = [client.create_run(experiment, tags={"mixlab.arm": name}).info.run_id for name in "abc"]
     assert same_as_the_client(store, fresh, "live")
@@ -94,8 +106,8 @@ def test_what_changes_is_seen_at_the_next_look(fresh: str, monkeypatch: pytest.M
     assert "live" not in {entry.name for entry in store.experiments()}
 
 
-def test_nothing_is_read_again_while_nothing_changes(big: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(big)
+def test_nothing_is_read_again_while_nothing_changes(big_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = big_store
     entry = store.experiments()[0]
     before = store.runs(entry)
     monkeypatch.setattr(store_module, "REREAD_S", 0.0)  # even then, as nobody has written
@@ -104,9 +116,8 @@ def test_nothing_is_read_again_while_nothing_changes(big: str, monkeypatch: pyte
     assert all(a is b for a, b in zip(before, store.runs(entry), strict=True))
 
 
-def test_our_pages_cannot_write_to_the_store(fresh: str) -> None:
+def test_our_pages_cannot_write_to_the_store(fresh_store: Store) -> None:
     from sqlalchemy.exc import DBAPIError
 
-    store = Store(fresh)
-    with store._engine.connect() as connection, pytest.raises(DBAPIError, match=r"read-?only"):
+    with fresh_store._engine.connect() as connection, pytest.raises(DBAPIError, match=r"read-?only"):
         connection.exec_driver_sql("DELETE FROM experiments")
