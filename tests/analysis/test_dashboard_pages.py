@@ -152,7 +152,7 @@ def test_a_mixer_shows_its_contract_costs_and_runs(store: Store, dashboard: str,
     wait_for_points(page)
     expect(page.locator("#contract")).to_contain_text("breaks the contract")
     expect(page.locator("#contract")).to_contain_text("<img src=x")
-    expect(page.locator("#bench")).to_contain_text("prefill seconds grows as T^1 [0.9, 1.1]")
+    expect(page.locator("#bench")).to_contain_text("T^1.00 0.90 to 1.10")
     drawn = "(document.getElementById('bench-plot').data ?? []).map((t) => [t.x, t.y])"
     eventually(lambda: page.evaluate(drawn), [[[512, 2048, 8192], [512e-4, 2048e-4, 8192e-4]]])
     assert "unseen_mixer" not in page.content()

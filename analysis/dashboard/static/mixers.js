@@ -116,16 +116,33 @@
     byId("cost").replaceChildren(...there.map(([scene, field, label]) => new Option(label, `${scene} ${field}`)));
     byId("cost").onchange = () => { view.set({ cost: byId("cost").value }); drawBenchPlot(there); };
     drawBenchPlot(there);
-    const powers = growth.filter((row) => typeof row.exponent === "number").map((row) => {
-      const spread = typeof row.low === "number" && typeof row.high === "number" ? ` [${shown(row.low)}, ${shown(row.high)}]` : "";
-      return e("li", {}, `${row.label}: ${String(row.cost).replaceAll("_", " ")} grows as T^${shown(row.exponent)}${spread}`);
-    });
     const columns = ["label", "scene", "tokens", "batch", "status", "seconds", "tokens_per_s", "peak_bytes", "state_bytes"].filter((column) => rows.some((row) => row[column] !== undefined));
-    byId("bench").replaceChildren(e("ul", {}, ...powers), e("details", {}, e("summary", {}, `${rows.length} measurements`),
+    byId("bench").replaceChildren(...growthTable(growth), e("details", {}, e("summary", {}, `${rows.length} measurements`),
       e("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Benchmarks" }, e("table", {},
         e("thead", {}, e("tr", {}, ...columns.map((column) => e("th", { scope: "col" }, column.replaceAll("_", " "))))),
         e("tbody", {}, ...rows.slice(0, 300).map((row) => e("tr", {}, ...columns.map((column) => e("td", {}, shown(row[column]))))))))),
       e("p", { class: "quiet" }, `From ${[...new Set(rows.map((row) => row.file))].join(", ")}.`));
+  }
+
+  // Of the power laws that were fitted: [cost, heading]
+  const GROWN = [["prefill_seconds", "prefill time"], ["decode_seconds", "time of one token"], ["state_bytes", "state"], ["peak_bytes", "peak memory"]];
+
+  // How costs grow with the context, a row for each layer and file.
+  function growthTable(growth) {
+    const fitted = growth.filter((row) => typeof row.exponent === "number");
+    const costs = GROWN.filter(([cost]) => fitted.some((row) => row.cost === cost));
+    if (costs.length === 0) return [];
+    const layers = new Map(fitted.map((row) => [`${row.label}\n${row.file}`, row]));
+    const manyFiles = new Set(fitted.map((row) => row.file)).size > 1;
+    const rows = [...layers.values()].map((layer) => e("tr", {}, e("th", { scope: "row", class: "words" }, layer.label, manyFiles ? e("span", { class: "quiet" }, " " + layer.file) : ""), ...costs.map(([cost]) => {
+      const row = fitted.find((one) => one.cost === cost && one.label === layer.label && one.file === layer.file);
+      if (!row) return e("td", {}, "–");
+      const [power, low, high] = [row.exponent, row.low, row.high].map((value) => (typeof value === "number" ? value.toFixed(2) : null));
+      return e("td", {}, `T^${power}`, low !== null && high !== null ? e("span", { class: "quiet" }, ` ${low} to ${high}`) : "");
+    })));
+    return [e("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Growth of costs with the context T" }, e("table", {},
+      e("caption", {}, "Growth with the context T: the exponent, and its 95 % interval from the scatter around the power law"),
+      e("thead", {}, e("tr", {}, e("th", { scope: "col", class: "words" }, "layer"), ...costs.map(([, heading]) => e("th", { scope: "col" }, heading)))), e("tbody", {}, ...rows)))];
   }
 
   // Cost against context, a line for each layer and file, both axes logarithmic.
@@ -142,7 +159,7 @@
     }
     const theme = mixlab.colors();
     const all = [...series.values()].flat();
-    const xs = mixlab.scale({ label: "Context T (tokens)", unit: "count", name: "tokens" }, all.map((row) => row.tokens), true, theme, true, 8);
+    const xs = mixlab.scale({ label: "Context T (tokens)", unit: "count", name: "factor/tokens" }, all.map((row) => row.tokens), true, theme, true, 8);
     const ys = mixlab.scale({ label, unit, name: field }, all.map((row) => row[field]), true, theme, false, 8);
     const traces = [...series].map(([name, found], i) => {
       found.sort((a, b) => a.tokens - b.tokens);
