@@ -25,6 +25,8 @@ from experiments.records import (
     write_identity,
     write_outcome,
 )
+from experiments.tracking.unsynced import any_unsynced
+from sweeps import kept_plan
 from sweeps.definition import SweepConfig
 from sweeps.events import Chosen, Note, RunEnded, RunProgress, RunRetried, RunStarted, SweepEnded, SweepStarted
 from sweeps.executor import (
@@ -40,12 +42,12 @@ from sweeps.executor import (
 )
 from sweeps.live import View
 from sweeps.lock import driver_lock
-from sweeps.mirror import SweepMirror, open_store
+from sweeps.mirror import SweepMirror
 from sweeps.places import Wanted, place_for
 from sweeps.plan import Plan, PlannedRun
 from sweeps.planning import planned
 from sweeps.progress import ArmCellProgress
-from sweeps.pruning import ask_to_prune, forget_pruning
+from sweeps.pruning import ask_to_prune, asked_to_prune, forget_pruning
 from sweeps.resources import require_gpus, require_sense
 from sweeps.saved import SavedSweep, write_saved
 from sweeps.tuning import Tuning, open_journal
@@ -119,24 +121,33 @@ def run_sweep(
             raise UserError(f"{option}: at least 1 is needed, got {value}")
     if not stall_s >= 0:
         raise UserError(f"--stall-after: seconds of silence, or 0 for no limit, got {stall_s:g}")
-    found = planned(sweep, plugins)
+    folder = runs / sweep.name
+    found = planned(sweep, folder, plugins)
     require_sense(found.plan, n_workers, gpus, per_gpu, ray)
     if ray is None:
         require_gpus(gpus, per_gpu, found.gpus)
-    folder = runs / sweep.name
-    if tracked:
-        open_store(runs)  # before anything else is created: a store that can't be used leaves no trace of the sweep
+    mirror = None
+    if tracked and not (folder / "sweep.json").exists():
+        # Before anything else is created: a store that can't be used leaves no trace of a new sweep.
+        mirror = SweepMirror.prepare(found.plan, runs)
     with driver_lock(folder) as was_lost:
         tidy(folder)
-        mirror = SweepMirror.prepare(found.plan, runs) if tracked else None
+        kept_plan.keep(folder, found.basis, found.plan, found.gpus)
         if retry_failed:
-            _reopen(folder, "failed")
+            _reopen([path.parent for path in sorted(folder.glob("*/outcome.json"))], "failed")
         if sweep.search.pruner == "none":
-            _reopen(folder, "pruned")  # the end of a search that had a pruner, but no result of this one
+            _reopen(
+                asked_to_prune(folder), "pruned"
+            )  # the end of a search that had a pruner, but no result of this one
         edited = edited_since(folder, found.plan.code)
         n_threads_before = threads_before(folder)
         stop = StopSignals()
-        driver = Driver(found.plan, runs, view, stop, mirror)
+        driver = Driver(found.plan, runs, view, stop)
+        # A finished sweep whose last driver ended in order, and of which nothing has been edited, is all in MLflow.
+        is_open = driver.n_missing or was_lost or found.basis or any_unsynced(folder)
+        if tracked and mirror is None and is_open:
+            mirror = SweepMirror.prepare(found.plan, runs)
+        driver.mirror = mirror
         wanted = Wanted(n_workers, gpus, per_gpu, ray)
         options = {"plugins": plugins, "target": target, "patience_s": stall_s}
         with stop.installed(), place_for(found, wanted, driver.n_missing, folder, **options) as place, view:
@@ -155,7 +166,7 @@ def run_sweep(
                 )
             result = driver.run(place.executor, place.n_workers)
         # A lost driver's last workers may have written their records, and had no time to mirror them.
-        is_behind = mirror is not None and (was_lost or bool(driver.attempts) or mirror.is_behind())
+        is_behind = mirror is not None and (was_lost or driver.has_unmirrored or mirror.is_behind())
         if is_behind and not result.interrupted and (problem := mirror.catch_up()):
             view.show(Note(problem))
         return result
@@ -169,7 +180,7 @@ class Driver:
     runs: Path
     view: View
     stop: StopSignals
-    mirror: SweepMirror | None
+    mirror: SweepMirror | None = None
     arm_cells: list[ArmCellProgress] = field(default_factory=list)
     running: dict[str, tuple[PlannedRun, ArmCellProgress]] = field(default_factory=dict)
     again: list[tuple[PlannedRun, ArmCellProgress]] = field(default_factory=list)
@@ -179,6 +190,7 @@ class Driver:
     n_slots: int = 1
     attempts: Counter[str] = field(default_factory=Counter)
     kills: Counter[str] = field(default_factory=Counter)  # attempts that somebody ended from outside
+    has_unmirrored: bool = False  # runs whose end their worker may not have told MLflow, nor marked as untold
 
     def __post_init__(self) -> None:
         sweep = self.plan.sweep
@@ -318,6 +330,7 @@ class Driver:
     def _end(self, run: PlannedRun, arm_cell: ArmCellProgress, event: Ended | Lost) -> None:
         if isinstance(event, Ended) and event.halt:
             name = run.identity.sweep
+            kept_plan.forget(self.folder)
             raise UserError(f"sweep {name}: {event.halt}")
         del self.running[run.key]
         if self.mirror is not None and (behind := self.mirror.ended(run)):
@@ -327,6 +340,7 @@ class Driver:
         if isinstance(event, Lost):
             tidy_run(run_folder(self.runs, run.identity.sweep, run.key))
         outcome = self.final_outcome(run.key)
+        self.has_unmirrored |= isinstance(event, Lost) or outcome is None or outcome.outcome == "failed"
         if outcome is None and self.stop.count:
             return  # killed, with or without a checkpoint: the next start goes on with it
         if outcome is not None and no_memory(outcome) and not was_alone and self._own_attempts(run) < MAX_ATTEMPTS:
@@ -347,7 +361,7 @@ class Driver:
                 return
             outcome = self._record_lost(run, f"{reason}, in each of {n_attempts} attempts")
         choice = arm_cell.record(run, outcome)
-        self._show_end(run, arm_cell, outcome, event.worker)
+        self._show_end(run, arm_cell, outcome, event.worker, self.n_done, self.n_runs)
         if choice is not None:
             self.save()
             self._show_choice(arm_cell)
@@ -399,13 +413,14 @@ class Driver:
 
     def _show_start(self, n_workers: int) -> None:
         sweep, metric = self.plan.sweep, self.plan.sweep.metric
+        n_done, n_runs = self.n_done, self.n_runs
         self.view.show(
             SweepStarted(
                 sweep=sweep.name,
                 question=sweep.question,
                 count=self.plan.count(),
-                n_runs=self.n_runs,
-                n_done=self.n_done,
+                n_runs=n_runs,
+                n_done=n_done,
                 n_workers=n_workers,
                 direction=metric.direction,
                 select=metric.select,
@@ -419,11 +434,19 @@ class Driver:
                 **{run.key: run for run in arm_cell.replicates},
             }
             for key, outcome in done.items():
-                self._show_end(known[key], arm_cell, outcome, None)
+                self._show_end(known[key], arm_cell, outcome, None, n_done, n_runs)
             if arm_cell.tuning is not None and arm_cell.choice is not None:
                 self._show_choice(arm_cell)
 
-    def _show_end(self, run: PlannedRun, arm_cell: ArmCellProgress, outcome: RunOutcome, worker: int | None) -> None:
+    def _show_end(
+        self,
+        run: PlannedRun,
+        arm_cell: ArmCellProgress,
+        outcome: RunOutcome,
+        worker: int | None,
+        n_done: int,
+        n_runs: int,
+    ) -> None:
         identity = run.identity
         self.view.show(
             RunEnded(
@@ -437,8 +460,8 @@ class Driver:
                 reason=outcome.reason,
                 value=arm_cell.value(run, outcome),
                 wall_s=outcome.wall_s,
-                n_done=self.n_done,
-                n_runs=self.n_runs,
+                n_done=n_done,
+                n_runs=n_runs,
                 worker=worker,
             )
         )
@@ -471,13 +494,13 @@ def threads_before(folder: Path) -> int:
     return saved.get("n_threads", 0) if isinstance(saved, dict) else 0
 
 
-def _reopen(folder: Path, ended: str) -> None:
-    """Let runs that ended in a certain way be tried again. Their MLflow run and checkpoint stay with them."""
-    for path in sorted(folder.glob("*/outcome.json")):
-        outcome = read_outcome(path.parent)
+def _reopen(folders: list[Path], ended: str) -> None:
+    """Let those of the runs that ended in a certain way be tried again. Their MLflow run and checkpoint stay theirs."""
+    for folder in folders:
+        outcome = read_outcome(folder)
         if outcome is not None and outcome.outcome == ended:
-            forget_pruning(path.parent)
-            reopen(path.parent, outcome)
+            forget_pruning(folder)
+            reopen(folder, outcome)
 
 
 def reopen(folder: Path, outcome: RunOutcome) -> None:

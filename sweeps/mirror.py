@@ -1,4 +1,7 @@
-"""The driver's part of the MLflow mirror: store, experiment and parent runs exist before any worker starts."""
+"""The driver's part of the MLflow mirror: store, experiment and parent runs exist before any worker starts.
+
+All that takes MLflow is done in processes of their own: see ``sweeps.apart``.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,17 @@ from pathlib import Path
 from experiments.errors import UserError
 from experiments.paths import artifact_root, tracking_uri
 from experiments.records import run_folder
-from experiments.tracking import unsynced
+from experiments.tracking import (
+    StoreOutOfReach,
+    ensure_experiment,
+    ensure_parent,
+    mirror_lock,
+    prepare_store,
+    sync,
+    unsynced,
+)
+from sweeps.apart import apart
 from sweeps.plan import Plan, PlannedRun
-
-
-def open_store(runs: Path) -> None:
-    """Make the store if it doesn't exist yet; :class:`UserError` where it can never be used.
-
-    One that is only out of reach now is no error: the trainings need none.
-    """
-    from experiments.tracking import StoreOutOfReach, prepare_store
-
-    try:
-        prepare_store(tracking_uri(runs), artifact_root(runs))
-    except StoreOutOfReach:
-        return
 
 
 def experiment_tags(question: str, metric: dict[str, str]) -> dict[str, str]:
@@ -49,12 +48,15 @@ class SweepMirror:
 
     @classmethod
     def prepare(cls, plan: Plan, runs: Path) -> SweepMirror:
-        """Create what is missing in the store, and close the runs that an earlier driver left RUNNING."""
+        """Create what is missing in the store, and close the runs that an earlier driver left RUNNING.
+
+        :class:`UserError` where the store can never be used: then nothing at all has been created. One that is only
+        out of reach now is no error: the trainings need none.
+        """
         mirror = cls(plan, runs, tracking_uri(runs))
         try:
-            mirror._prepare()
-        except UserError as error:
-            mirror.experiment_id = ""
+            mirror.experiment_id, mirror.parents = apart(mirror._prepare, f"tracking store of sweep {mirror.sweep}")
+        except StoreOutOfReach as error:
             mirror.problem = unsynced.way_to_catch_up(str(error), mirror.sweep)
         return mirror
 
@@ -85,33 +87,38 @@ class SweepMirror:
 
     def catch_up(self) -> str:
         """Bring runs up to date that a worker could not mirror; returns what went wrong, in words, or nothing."""
-        from experiments.tracking import sync
+
+        def prepare_and_sync() -> None:
+            experiment_id, _ = self._prepare()  # a server that is gone says so at once
+            sync(self.uri, experiment_id, self.runs, self.sweep)
 
         try:
-            self._prepare()  # a server that is gone says so at once
-            sync(self.uri, self.experiment_id, self.runs, self.sweep)
+            apart(prepare_and_sync, f"mixlab sync {self.sweep}")
         except UserError as error:
             return unsynced.way_to_catch_up(str(error), self.sweep)
         return ""
 
-    def _prepare(self) -> None:
-        from experiments.tracking import ensure_experiment, ensure_parent, mirror_lock, prepare_store, sync
-
+    def _prepare(self) -> tuple[str, dict[tuple[str, str], str]]:
+        """Ids of the experiment and of the parents, made where they are missing."""
         sweep, root = self.plan.sweep, artifact_root(self.runs)
         prepare_store(self.uri, root)
         tags = experiment_tags(sweep.question, sweep.metric.model_dump()) | {"mixlab.n_runs": str(self.plan.n_runs)}
-        self.experiment_id = ensure_experiment(self.uri, sweep.name, root, tags)
-        with mirror_lock(self.runs / sweep.name):
-            self.parents = {
-                (arm_cell.arm, arm_cell.cell): ensure_parent(
-                    self.uri,
-                    self.experiment_id,
-                    sweep=sweep.name,
-                    arm=arm_cell.arm,
-                    cell=arm_cell.cell,
-                    factors=arm_cell.factors,
-                    pattern=arm_cell.pattern,
-                )
-                for arm_cell in self.plan.arm_cells
-            }
-        sync(self.uri, self.experiment_id, self.runs, sweep.name, orphans_only=True)
+        try:
+            experiment_id = ensure_experiment(self.uri, sweep.name, root, tags)
+            with mirror_lock(self.runs / sweep.name):
+                parents = {
+                    (arm_cell.arm, arm_cell.cell): ensure_parent(
+                        self.uri,
+                        experiment_id,
+                        sweep=sweep.name,
+                        arm=arm_cell.arm,
+                        cell=arm_cell.cell,
+                        factors=arm_cell.factors,
+                        pattern=arm_cell.pattern,
+                    )
+                    for arm_cell in self.plan.arm_cells
+                }
+            sync(self.uri, experiment_id, self.runs, sweep.name, orphans_only=True)
+        except (UserError, OSError) as error:  # it could be used a moment ago
+            raise StoreOutOfReach(str(error)) from None
+        return experiment_id, parents

@@ -167,7 +167,7 @@ def plan(sweep: SweepConfig) -> Plan:
         n_trials = len(settings)
     frees = sweep.free_dimensions
     arm_cells: list[ArmCell] = []
-    for label, factors in _cells(sweep).items():
+    for label, factors in cells_of(sweep).items():
         arms = {arm: _values(sweep, arm, factors) for arm in sweep.arms}
         if sweep.match is None:
             found = {arm: (values, None) for arm, values in arms.items()}
@@ -190,7 +190,7 @@ def plan(sweep: SweepConfig) -> Plan:
     return Plan(sweep, tuple(arm_cells))
 
 
-def _cells(sweep: SweepConfig) -> dict[str, dict[str, Any]]:
+def cells_of(sweep: SweepConfig) -> dict[str, dict[str, Any]]:
     """Label -> factors, for the cross of the varied settings."""
     cells: dict[str, dict[str, Any]] = {}
     for point in itertools.product(*sweep.vary.values()):

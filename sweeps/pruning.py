@@ -22,5 +22,10 @@ def prune_reason(folder: Path) -> str:
     return found["reason"] if isinstance(found, dict) else ""
 
 
+def asked_to_prune(sweep_folder: Path) -> list[Path]:
+    """Folders of the runs that a driver has asked to end: all that were pruned are among them."""
+    return sorted(path.parent for path in sweep_folder.glob(f"*/{_FILE}"))
+
+
 def forget_pruning(folder: Path) -> None:
     (folder / _FILE).unlink(missing_ok=True)

@@ -229,13 +229,20 @@ class Tuning:
             run = self.arm_cell.trial(number, settings)
             self.runs[run.key] = run
         told: set[str] = set()
+        on_record: dict[str, RunOutcome | None] = {}  # each read once: a finished search has thousands
+
+        def read(key: str) -> RunOutcome | None:
+            if key not in on_record:
+                on_record[key] = self.read(key)
+            return on_record[key]
+
         for trial in self.study.get_trials(deepcopy=False):
             key = trial.user_attrs.get(KEY)
             if REPEATS in trial.user_attrs:
                 self.n_repeats += 1
             elif key is not None and key not in self.runs:
                 self.runs[key] = self.arm_cell.trial(len(self.runs), trial.params)
-            outcome = self.read(key) if key is not None else None
+            outcome = read(key) if key is not None else None
             if trial.state.name == "WAITING":
                 self._queued.add(key)
             elif trial.state.name != "RUNNING":
@@ -248,7 +255,7 @@ class Tuning:
                 self._tell_study(trial.number, outcome)
                 told.add(key)
         for run in self.runs.values():
-            outcome = self.read(run.key)
+            outcome = read(run.key)
             if outcome is not None:
                 self.results[run.key] = outcome
                 if run.key not in told | self._queued:

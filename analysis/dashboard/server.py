@@ -7,6 +7,7 @@ import ctypes
 import importlib.metadata
 import ipaddress
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -64,6 +65,8 @@ def serve(
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", host, "--port", str(port)]
     command += ["--app-name", "mixlab" if login is None else "mixlab-auth"]
     command += ["--artifacts-destination", artifacts or (runs / "artifacts").resolve().as_uri()]
+    # else uvicorn imports from the user's folder first, and a package `analysis` there is taken for ours
+    command += ["--uvicorn-opts", shlex.join(["--app-dir", str(Path(__file__).parents[2])])]
     command += ["--static-prefix", prefix] if prefix else []
     command += ["--allowed-hosts", allowed_hosts] if allowed_hosts else []
     environment = {
@@ -72,6 +75,7 @@ def serve(
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MIXLAB_RUNS": str(runs.resolve()),
+        "PYTHONSAFEPATH": "1",  # nor does Python itself
     }
     if is_public and login is not None:
         say("dashboard: passwords travel as plain text to this address: put a proxy with TLS before it")

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_HELD = (f"{THRESHOLDS[0]:.0%}".replace("%", " %"), {"linewidth": 0.6, "linestyle": "--"})
+
+
 def capacity(data: FigureData) -> Figure:
     """Three panels for each group of cells that differ in the number of pairs only.
 
@@ -41,7 +44,7 @@ def capacity(data: FigureData) -> Figure:
     groups: dict[tuple[str, bool], list[Capacity]] = {}
     for each in data.found.capacity:
         groups.setdefault((each.group, each.trained), []).append(each)
-    figure, shown = panels(3 * len(groups), most_columns=3, share_y=False)
+    figure, shown = panels(3 * len(groups), columns=3, share_y=False)
     for row, ((group, _), members) in enumerate(groups.items()):
         over, held, efficient = shown[3 * row : 3 * row + 3]
         _draw_over_pairs(over, members, looks, data.chance)
@@ -50,7 +53,7 @@ def capacity(data: FigureData) -> Figure:
         title(over, group or "accuracy over difficulty")
         title(held, "pairs at 90 % against state")
         title(efficient, "bits per byte of state")
-    legend(figure, looks, [CHANCE] if data.chance is not None else [], lines=True)
+    legend(figure, looks, [_HELD, *([CHANCE] if data.chance is not None else [])], lines=True)
     return figure
 
 
@@ -73,7 +76,7 @@ def _draw_over_pairs(panel: Axes, members: list[Capacity], looks: dict[str, Styl
                 over=point.accuracy,
                 filled=not point.n_diverged,
             )
-    panel.axhline(THRESHOLDS[0], color=QUIET, linewidth=0.6, linestyle="--", zorder=1)
+    panel.axhline(THRESHOLDS[0], color=QUIET, zorder=1, **_HELD[1])
     number_ticks(panel, (point.n_pairs for each in members for point in each.points))
     fraction_axis(panel, chance=chance)
     panel.set_xlabel("key-value pairs")

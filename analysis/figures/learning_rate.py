@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from analysis.axes import axis, sign
 from analysis.comparison import Comparison
 from analysis.figures.data import DoesNotApply, FigureData
-from analysis.figures.style import CHANCE, QUIET, columns_of, fraction_axis, legend, number_ticks, panels, title
+from analysis.figures.style import CHANCE, QUIET, columns_of, dodged, fraction_axis, legend, number_ticks, panels, title
 from analysis.palette import Style
 from analysis.tuning import is_log
 
@@ -23,7 +24,10 @@ _LOST = ("diverged or failed", {"marker": "x", "markersize": 5, "linestyle": "no
 
 
 def learning_rate(data: FigureData) -> Figure:
-    """A panel per cell and tuned number: the select metric over it, the chosen trial ringed, lost ones at the foot."""
+    """A panel per cell and tuned number: the select metric over it, the chosen trial ringed, lost ones at the foot.
+
+    On a log axis arms stand a little beside one another.
+    """
     saved = data.saved
     settings = list(dict.fromkeys(each.setting for tuning in data.found.tuning for each in tuning.sensitivity))
     if not settings:
@@ -43,8 +47,10 @@ def learning_rate(data: FigureData) -> Figure:
             panel.set_xticks([])
         else:
             number_ticks(panel, values, log=is_log(saved, setting, values))
+        aside = _aside([line.arm for line in here], values if panel.get_xscale() == "log" else [])
         for line in here:
-            _draw(panel, line, setting, looks[line.arm], chosen.get((line.arm, cell), {}), sign(select))
+            look, won = looks[line.arm], chosen.get((line.arm, cell), {})
+            _draw(panel, line, setting, look, won, sign(select), aside[line.arm])
         if select.unit == "fraction":
             fraction_axis(panel, chance=data.chance if select.name.endswith("/accuracy") else None)
         title(panel, "" if cell == "all" else cell)
@@ -61,9 +67,23 @@ def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _draw(panel: Axes, line: Comparison, setting: str, look: Style, chosen: dict[str, object], better: int) -> None:
+def _aside(arms: list[str], values: list[float]) -> dict[str, float]:
+    """What moves the marks of each arm, a tenth of a log axis in all: equal results don't hide each other."""
+    octaves = math.log2(max(values) / min(values)) if values else 0.0
+    return dodged(arms, span=octaves / 10)
+
+
+def _draw(
+    panel: Axes,
+    line: Comparison,
+    setting: str,
+    look: Style,
+    chosen: dict[str, object],
+    better: int,
+    aside: float,
+) -> None:
     having = [trial for trial in line.trials if _number(trial.settings.get(setting))]
-    trials = sorted(((float(trial.settings[setting]), trial) for trial in having), key=lambda pair: pair[0])
+    trials = sorted(((aside * float(trial.settings[setting]), trial) for trial in having), key=lambda pair: pair[0])
     finished = [(at, trial) for at, trial in trials if trial.outcome == "finished" and trial.value is not None]
     # with several tuned settings the others vary along: points without a line
     joined = len(line.trials[0].settings) == 1 if line.trials else False

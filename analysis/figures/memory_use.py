@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from analysis.figures.data import DoesNotApply, FigureData
-from analysis.figures.style import QUIET, legend, panels, title
+from analysis.figures.style import QUIET, legend, matrix
 from analysis.history import MemoryUse
 from analysis.palette import Style
 
@@ -15,46 +15,53 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # metric, what it is, whether it is a share of 1
-PANELS = (
-    ("gate_mean", "Mean gate", True),
+COLUMNS = (
+    ("gate_mean", "Gate: mean", True),
+    ("levels", "Gate: share of\ntokens above", True),
     ("slot_coverage", "Slots read,\nshare of all", True),
     ("slot_collisions", "Reads of a slot\nread before", True),
     ("slot_kl_uniform", "KL of reads from\nuniform (nats)", False),
 )
-GATE_LEVELS = (("gate_above_10", 0.1), ("gate_above_50", 0.5), ("gate_above_90", 0.9))
+# metric, level, how dark
+GATE_LEVELS = (("gate_above_10", 0.1, 0.2), ("gate_above_50", 0.5, 0.3), ("gate_above_90", 0.9, 0.55))
 
 
 def memory_use(data: FigureData) -> Figure:
     """A row per arm, cell and layer: mean over seeds (line) and their range (band) over training steps.
 
-    The gate's panel also shows its distribution, where it was logged: the shares of tokens whose gate is above .1,
-    .5 and .9, as bands that darken.
+    The gate's distribution, where it was logged, has a panel too: the shares of tokens whose gate is above .1, .5 and
+    .9, as areas that darken.
     """
+    from matplotlib.patches import Patch
+
     if not data.memory_use:
         raise DoesNotApply("no run logged how a fast-weight memory uses its slots")
     groups: dict[tuple[str, str, str], list[MemoryUse]] = {}
     for each in data.memory_use:
         groups.setdefault((each.arm, each.cell, each.layer), []).append(each)
-    has_levels = any(name in each.values for each in data.memory_use for name, _ in GATE_LEVELS)
-    columns = PANELS if not has_levels else (*PANELS[:1], ("levels", "Gate: share of\ntokens above", True), *PANELS[1:])
-    figure, shown = panels(len(columns) * len(groups), most_columns=len(columns), share_y=False, height=1.7)
-    looks = data.looks
-    for row, ((arm, cell, layer), runs) in enumerate(groups.items()):
-        for column, (metric, label, is_share) in enumerate(columns):
-            panel = shown[row * len(columns) + column]
+    has_levels = any(name in each.values for each in data.memory_use for name, _, _ in GATE_LEVELS)
+    columns = [column for column in COLUMNS if has_levels or column[0] != "levels"]
+    figure, grid = matrix(len(groups), len(columns))
+    for panel, (_, label, is_share) in zip(grid[0], columns, strict=True):
+        panel.set_title(label, loc="left")
+        if is_share:
+            panel.set_ylim(-0.04, 1.04)
+            panel.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
+    for row, ((arm, cell, layer), runs) in zip(grid, groups.items(), strict=True):
+        for panel, (metric, _, _) in zip(row, columns, strict=True):
             if metric == "levels":
-                _draw_levels(panel, runs, looks[arm])
+                _draw_levels(panel, runs, data.looks[arm])
             else:
-                _draw(panel, runs, metric, looks[arm])
-            if is_share:
-                panel.set_ylim(-0.04, 1.04)
-            panel.set_ylabel(label)
-            if row == len(groups) - 1:
-                panel.set_xlabel("training step")
-        where = ", ".join(part for part in (arm, "" if cell == "all" else cell, f"layer {layer.split('/')[0]}") if part)
-        title(shown[row * len(columns)], where)
-    arms = {arm: look for arm, look in looks.items() if any(name == arm for name, _, _ in groups)}
-    legend(figure, arms, [("range over seeds", {"linewidth": 6, "alpha": 0.25})], lines=True)
+                _draw(panel, runs, metric, data.looks[arm])
+        parts = (arm, "" if cell == "all" else cell, f"layer {layer.split('/')[0]}")
+        row[0].set_ylabel("\n".join(part for part in parts if part))
+    for panel in grid[-1]:
+        panel.set_xlabel("step")
+    arms = {arm: look for arm, look in data.looks.items() if any(name == arm for name, _, _ in groups)}
+    levels = [Patch(color=QUIET, alpha=dark, label=f"gate > {level:g}") for _, level, dark in GATE_LEVELS]
+    legend(
+        figure, arms, [("range over seeds", {"linewidth": 6, "alpha": 0.25})], levels if has_levels else (), lines=True
+    )
     return figure
 
 
@@ -76,17 +83,7 @@ def _draw(panel: Axes, runs: list[MemoryUse], metric: str, look: Style) -> None:
 
 
 def _draw_levels(panel: Axes, runs: list[MemoryUse], look: Style) -> None:
-    for name, level in GATE_LEVELS:
+    for name, _, dark in GATE_LEVELS:
         steps, mean, _, _ = over_seeds(runs, name)
-        panel.fill_between(steps, 0, mean, color=look.color, alpha=0.22, linewidth=0)
-        panel.plot(steps, mean, color=look.color, linewidth=0.8)
-        if steps:
-            panel.annotate(
-                f"> {level:g}",
-                (steps[-1], mean[-1]),
-                xytext=(2, 0),
-                textcoords="offset points",
-                fontsize=6,
-                color=QUIET,
-                va="center",
-            )
+        panel.fill_between(steps, 0, mean, color=look.color, alpha=dark, linewidth=0)
+        panel.plot(steps, mean, color=look.color, linewidth=0.6)

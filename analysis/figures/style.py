@@ -14,6 +14,7 @@ from analysis.stats import Interval
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
 PANEL_IN = (2.35, 2.0)  # width, height
 DPI = 300
@@ -48,22 +49,28 @@ def rendered(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def panels(
-    n: int, *, most_columns: int = 4, share_y: bool = True, height: float = PANEL_IN[1]
-) -> tuple[Figure, list[Axes]]:
+def panels(n: int, *, columns: int | None = None, share_y: bool = True) -> tuple[Figure, list[Axes]]:
     """A figure with ``n`` panels in rows; those that are too many are hidden. A single one has its legend beside it."""
     from matplotlib.figure import Figure
 
-    n_columns = n if n <= most_columns else (3 if n % 4 else 4)
-    n_columns = min(n_columns, most_columns)
+    n_columns = columns or (n if n <= 4 else 3 if n % 4 else 4)
     n_rows = math.ceil(n / n_columns)
-    size = (4.8, 2.4) if n == 1 else (PANEL_IN[0] * n_columns, height * n_rows + 0.35)
+    size = (4.8, 2.4) if n == 1 else (PANEL_IN[0] * n_columns, PANEL_IN[1] * n_rows + 0.35)
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(n_rows, n_columns, squeeze=False, sharey=share_y)
     every = [panel for row in grid for panel in row]
     for panel in every[n:]:
         panel.set_axis_off()
     return figure, every[:n]
+
+
+def matrix(n_rows: int, n_columns: int) -> tuple[Figure, list[list[Axes]]]:
+    """A page's width of small panels: one scale of y in a column, one of x in all; labels stand at the outer ones."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 1.15 * n_rows + 0.9), layout="constrained")
+    grid = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True, sharey="col")
+    return figure, [list(row) for row in grid]
 
 
 def columns_of(panel_list: Sequence[Axes]) -> int:
@@ -144,12 +151,20 @@ def dodged(looks: Iterable[str], span: float = 0.12) -> dict[str, float]:
 
 
 def legend(
-    figure: Figure, looks: dict[str, Style], extra: Sequence[tuple[str, dict[str, Any]]] = (), *, lines: bool = False
+    figure: Figure,
+    looks: dict[str, Style],
+    extra: Sequence[tuple[str, dict[str, Any]]] = (),
+    patches: Sequence[Patch] = (),
+    *,
+    lines: bool = False,
 ) -> None:
-    """One entry per arm, then the ``extra`` ones (label, properties of the line). Below the panels, beside a single."""
+    """One entry per arm, then the ``extra`` ones (label, properties of the line), then the ``patches``.
+
+    It stands below the panels, beside a single one.
+    """
     from matplotlib.lines import Line2D
 
-    handles = [
+    handles: list[Line2D | Patch] = [
         Line2D(
             [], [], color=look.color, marker=look.marker, markersize=5.5, linestyle=look.linestyle if lines else "none"
         )
@@ -160,6 +175,8 @@ def legend(
     for label, properties in extra:
         handles.append(Line2D([], [], color=QUIET, **properties))
         labels.append(label)
+    handles += patches
+    labels += [str(patch.get_label()) for patch in patches]
     if len([panel for panel in figure.axes if panel.axison]) == 1:
         figure.legend(handles, labels, loc="outside right upper", frameon=False, handlelength=2.2)
         return

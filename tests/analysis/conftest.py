@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,10 +80,24 @@ except UserError as error:
 """
 
 
+@cache
+def _foreign_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="mixlab-elsewhere-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name in ("analysis", "experiments", "mixers", "sweeps"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text("raise RuntimeError('a folder of the user')\n")
+    return folder
+
+
 def start_dashboard(*options: str) -> subprocess.Popen[str]:
-    """The real command in a process of its own; returns once it says that it answers."""
+    """The real command in a process of its own; returns once it says that it answers.
+
+    It stands in a folder with packages of the same names as ours, which are not to be taken for ours.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, "dashboard", *options],
+        [sys.executable, "-P", "-c", COMMAND, "dashboard", *options],
+        cwd=_foreign_folder(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -333,22 +333,23 @@ class Fault:
 
 
 HUNGRY = SWEEP.replace("[tune]", '[arms.hungry]\nmixer = "chaos_hungry"\n[tune]')
+# The longest first: what is left at the end keeps all lanes busy.
 FAULTS = {
     "kills": Fault(kills, n=50, sixty=True),
     "tracked_kills": Fault(tracked_kills, n=7, tracked=True),
-    "sigterm": Fault(sigterm),
+    "ray_machine": Fault(ray_machine, n=2, sixty=True),
     "ctrl_c": Fault(ctrl_c, tracked=True),
-    "ctrl_c_twice": Fault(ctrl_c_twice, n=2),
-    "hang": Fault(hang, options=("--stall-after", str(STALL_S))),
-    "suspend": Fault(suspend, options=("--stall-after", str(STALL_S))),
-    "memory": Fault(memory, text=HUNGRY, options=("--plugin", str(HERE / "hungry.py"))),
-    "broken_plugin": Fault(broken_plugin, options=("--plugin", str(HERE / "broken.py"))),
-    "torn_records": Fault(torn_records, n=3),
-    "two_drivers": Fault(two_drivers),
     "clock_back": Fault(clock_back, n=2, tracked=True, environment={"PYTHONPATH": str(HERE / "clock")}),
-    "disk_full": Fault(disk_full),
     "server_killed": Fault(server_killed, tracked=True),
     "store_locked": Fault(store_locked, tracked=True),
     "ray_workers": Fault(ray_workers, n=3, options=("--ray", "auto")),
-    "ray_machine": Fault(ray_machine, n=2, sixty=True),
+    "suspend": Fault(suspend, options=("--stall-after", str(STALL_S))),
+    "hang": Fault(hang, options=("--stall-after", str(STALL_S))),
+    "memory": Fault(memory, text=HUNGRY, options=("--plugin", str(HERE / "hungry.py"))),
+    "disk_full": Fault(disk_full),
+    "broken_plugin": Fault(broken_plugin, options=("--plugin", str(HERE / "broken.py"))),
+    "ctrl_c_twice": Fault(ctrl_c_twice, n=2),
+    "torn_records": Fault(torn_records, n=3),
+    "sigterm": Fault(sigterm),
+    "two_drivers": Fault(two_drivers),
 }

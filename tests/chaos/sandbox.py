@@ -178,7 +178,7 @@ class Sandbox:
                 raise AssertionError(f"the driver ended before {what}: {self.errors()[-500:]}")
             if time.monotonic() > deadline:
                 raise AssertionError(f"no {what} within {patience_s:g} s")
-            time.sleep(0.01)
+            time.sleep(0.03)
 
     def wait_gone(self, find: Callable[[], list[int]], what: str, patience_s: float = 5.0) -> None:
         """Wait until there is none of a killed driver's processes any more."""
@@ -270,6 +270,9 @@ class Sandbox:
 
     def remove(self) -> None:
         for driver in self.drivers:
+            driver.process.kill()
+            driver.process.wait()
+            driver.reader.join(10)
             driver.process.stdout.close()
         if self._server is not None:
             self._server.kill()

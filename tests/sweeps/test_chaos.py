@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 
 import pytest
 
 from experiments.records import read_json, write_json
-from tests.chaos.__main__ import run_fault
+from tests.chaos.__main__ import main, run_all, run_fault
 from tests.chaos.faults import FAULTS, Fault, torn_records
 from tests.chaos.sandbox import NAME, SWEEP, Sandbox
 from tests.chaos.truth import Verdict, judge, read_found
@@ -27,8 +29,8 @@ def test_killed_and_torn_a_sweep_comes_back_complete_and_the_judge_sees_what_doe
         verdict = judge(calm, truth)
         assert verdict == Verdict()
 
-        row = run_fault("torn_records", Fault(torn_records, n=3, text=ONE_ARM, n_workers=1), truth, seed=1)
-        assert not row.bad, row
+        row = run_fault("torn_records", Fault(torn_records, n=3, text=ONE_ARM, n_workers=1), lambda: truth, seed=1)
+        assert row.state == "ok", row
         assert row.injected >= 3
 
         folders = sorted(path for path in (calm.runs / NAME).iterdir() if path.is_dir())
@@ -45,6 +47,18 @@ def test_killed_and_torn_a_sweep_comes_back_complete_and_the_judge_sees_what_doe
         assert len(verdict.problems) == 2
     finally:
         calm.remove()
+
+
+def test_what_the_time_does_not_last_for_is_neither_survived_nor_bad(capsys, monkeypatch):
+    rows = run_all(["sigterm", "hang"], seconds=0, seed=0, keep=False)
+    assert [row.state for row in rows] == ["no time"] * 2
+    cut_short = run_fault("sigterm", FAULTS["sigterm"], read_found, seed=0, deadline=time.monotonic() + 1)
+    assert (cut_short.state, cut_short.left_behind) == ("no time", 0)
+    monkeypatch.setattr(sys, "argv", ["chaos", "--only", "sigterm", "hang", "--seconds", "0"])
+    assert main() == 3
+    said = capsys.readouterr().out
+    assert said.count("no time: not begun within 0 s") == 2
+    assert said.endswith("no time for 2 of 2: python -m tests.chaos --only sigterm hang\n")
 
 
 def test_every_fault_says_what_it_does():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -301,11 +302,23 @@ def test_a_driver_of_its_own_needs_no_torch_and_says_what_has_been_edited(tmp_pa
     path, runs = write_sweep(tmp_path), tmp_path / "runs"
     words = {"sweep": str(path), "overrides": {"seeds": [0]}, "runs": str(runs), "target": TARGET, "tracked": False}
     code = "import sys; from sweeps.bench_driver import main; main(); sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(words)], cwd=TOP, capture_output=True, text=True)
+    run = functools.partial(subprocess.run, cwd=TOP, capture_output=True, text=True)
+    done = run([sys.executable, "-c", code, json.dumps(words)])
     assert (done.returncode, done.stderr) == (0, "")
     taken = json.loads(done.stdout)
     assert taken["outcomes"] == {"finished": 2}
     assert taken["peak_bytes"] < 200 << 20
+
+    unplanned = f"import sweeps.planning; sweeps.planning.plan = None; {code}"
+    again = subprocess.run(
+        [sys.executable, "-c", unplanned, json.dumps(words)], cwd=TOP, capture_output=True, text=True
+    )
+    assert json.loads(again.stdout)["outcomes"] == taken["outcomes"], "the plan that was kept stands"
+    words["overrides"] = {"seeds": [1]}
+    edited = subprocess.run(
+        [sys.executable, "-c", unplanned, json.dumps(words)], cwd=TOP, capture_output=True, text=True
+    )
+    assert "sweep tiny: planning failed" in edited.stderr
     saved = read_json(runs / "tiny" / "sweep.json")
     assert "experiments/train.py" in saved["code"]
     write_json(runs / "tiny" / "sweep.json", {**saved, "code": {**saved["code"], "experiments/train.py": "other"}})

@@ -16,7 +16,7 @@ from experiments.run import run_experiment
 from experiments.tracking import RunTracker, SyncReport, schema, sync
 from experiments.tracking.client import all_runs, client_of
 from sweeps.executor import TARGET
-from sweeps.mirror import SweepMirror, open_store
+from sweeps.mirror import SweepMirror
 from sweeps.plan import plan
 from tests.experiments.test_tracking import until
 from tests.sweeps.helpers import TOP, drive, tiny
@@ -71,7 +71,6 @@ def test_a_sweep_whose_store_is_out_of_reach_runs_and_the_next_start_catches_up(
 def test_the_next_start_closes_the_runs_of_a_driver_that_was_killed(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     runs, planned = tmp_path / "runs", plan(tiny(tmp_path))
-    open_store(runs)
     mirror = SweepMirror.prepare(planned, runs)
     run = planned.arm_cells[0].replicates({})[0]
     target = mirror.target(run)
@@ -92,7 +91,6 @@ def test_the_next_start_closes_the_runs_of_a_driver_that_was_killed(tmp_path, mo
 def test_sync_beside_a_running_training_leaves_it_alone(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     runs, planned = tmp_path / "runs", plan(tiny(tmp_path))
-    open_store(runs)
     mirror = SweepMirror.prepare(planned, runs)
     run = planned.arm_cells[0].replicates({})[0]
     running, synced = threading.Event(), threading.Event()

@@ -5,7 +5,7 @@
 mixlab.drawFigures = function (host, found, shown) {
   const e = mixlab.element;
   const theme = mixlab.colors();
-  const arms = new Map(shown.model.arms.map((arm) => [arm.name, arm]));
+  const arms = new Map(shown.model.arms.map((arm) => [arm.name, { ...arm, color: mixlab.visible(arm.color) }]));
   const made = new Map([...host.children].map((details) => [details.dataset.name, details]));
   const few = shown.lines.length <= 60;
   const sections = found.flatMap((one) => {
@@ -31,7 +31,7 @@ mixlab.drawFigures = function (host, found, shown) {
     details.ontoggle = draw;
     return details;
   }));
-  for (const details of made.values()) Plotly.purge(details.children[2]);
+  for (const details of made.values()) mixlab.charts.clear(details.children[2]);
   for (const details of host.children) details.ontoggle();
 
   function fresh(section) {

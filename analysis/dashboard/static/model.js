@@ -75,13 +75,15 @@ mixlab.groupings = function (model) {
 // The look of every line: as its arm has it, or coloured by another grouping with its arm's marker.
 mixlab.look = function (model, by) {
   const arms = new Map(model.arms.map((arm) => [arm.name, arm]));
-  if (by.name === "arm") return { of: (line) => arms.get(line.arm), key: [] };
+  if (by.name === "arm") return { of: (line) => seen(arms.get(line.arm)), key: [] };
   const keys = [...new Set(model.lines.map(by.of))];
-  const colors = new Map(keys.map((key, i) => [key, mixlab.COLORS[i % mixlab.COLORS.length]]));
+  const colors = new Map(keys.map((key, i) => [key, mixlab.visible(mixlab.COLORS[i % mixlab.COLORS.length])]));
   return {
     of: (line) => ({ color: colors.get(by.of(line)), symbol: arms.get(line.arm).symbol }),
     key: keys.map((label) => ({ label, color: colors.get(label), symbol: "circle" })),
   };
+
+  function seen(arm) { return { ...arm, color: mixlab.visible(arm.color) }; }
 };
 
 // Panels {title, lines, single}: a group of lines each. Across a varied factor, cells that differ only in it share one.
