@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixers.fwpkm.sparse_rows import first_of_runs, gather_sum, stable_sort
+from mixers.fwpkm.sparse_rows import bag_sums, first_of_runs, gather_sum, stable_sort
 
 LARGE_BYTES = 8 * 2**20
 BLOCK_BYTES = 2 * 2**20
@@ -171,8 +171,8 @@ def blocks(made: Plan, span: Span, row_bytes: int) -> Iterator[Block]:
 class TouchedRows:
     """The rows that one call touches, at their places: a private copy, written in place.
 
-    base: (1 or M,N,V), never written. codes (U,) ascending and rows (U,V): what differs from it already. For each
-    chunk of a plan, in turn: ``enter``, ``sums``, and if it writes, ``add`` for its :func:`blocks`.
+    base: (1 or M,N,V), never written. codes (U,) ascending and rows (U,V): what differs from it already. n_accesses: of
+    the chunks that write. For each of these, in turn: ``read``, and ``add`` for its :func:`blocks`; then ``read_only``.
     """
 
     def __init__(self, base: Tensor, n_memories: int, codes: Tensor, rows: Tensor, n_accesses: int) -> None:
@@ -188,15 +188,29 @@ class TouchedRows:
         self.codes = torch.cat([self.codes, made.new_codes])
         return made, spans
 
-    def enter(self, made: Plan, span: Span, keep: bool) -> Tensor | None:
-        """Take in the rows that a chunk meets first. If ``keep``, return a copy of the others that it touches, (U,V)."""
+    def kept(self, made: Plan, span: Span) -> Tensor:
+        """A copy of the rows that a chunk touches and that were met before it, (U,V)."""
+        return self.table.index_select(0, made.rows[span.row : span.row_new])
+
+    def read(self, made: Plan, span: Span, weights: Tensor) -> Tensor:
+        """What tokens with ``weights`` (S,J) read (S,V), of a chunk that writes: the rows that it meets first come in."""
         new = self.table[span.new : span.new_stop]
         torch.index_select(self.base, 0, base_rows(self.codes[span.new : span.new_stop], self.base), out=new)
-        return self.table.index_select(0, made.rows[span.row : span.row_new]) if keep else None
-
-    def sums(self, made: Plan, span: Span, weights: Tensor) -> Tensor:
-        """What tokens with ``weights`` (S,J) read: (S,V)."""
         return gather_sum(self.table, made.places[span.entry : span.entry_stop].view(weights.shape), weights)
+
+    def read_only(self, made: Plan, span: Span, weights: Tensor) -> Tensor:
+        """The same for a last chunk that does not write: rows that it meets first are read where they stand."""
+        places = made.places[span.entry : span.entry_stop]
+        is_new = places >= span.new
+        new, known = is_new.nonzero().squeeze(1), is_new.logical_not().nonzero().squeeze(1)
+        n_new = is_new.view(weights.shape).sum(1)
+        first_new = n_new.cumsum(0).sub_(n_new)
+        first_known = torch.arange(0, places.numel(), weights.shape[1], device=places.device) - first_new
+        at_new = base_rows(self.codes.index_select(0, places.index_select(0, new)), self.base)
+        weights = weights.flatten()
+        of_new = bag_sums(self.base, at_new, first_new, weights.index_select(0, new))
+        at_known = places.index_select(0, known)
+        return of_new.add_(bag_sums(self.table, at_known, first_known, weights.index_select(0, known)))
 
     def add(self, made: Plan, block: Block, changes: Tensor) -> None:
         """Add ``changes`` (U,V) to the rows of a block."""
@@ -236,13 +250,11 @@ class UntouchedRows:
         self.codes = made.new_codes
         return made, spans
 
-    def enter(self, made: Plan, span: Span, keep: bool) -> Tensor:
-        old = self.rows.index_select(0, made.rows[: span.row_new])
-        self.read = restore(old, self.codes, self.base)
-        return old
+    def kept(self, made: Plan, span: Span) -> Tensor:
+        return self.rows.index_select(0, made.rows[: span.row_new])
 
-    def sums(self, made: Plan, span: Span, weights: Tensor) -> Tensor:
-        return gather_sum(self.read, made.index.view(weights.shape), weights)
+    def read_only(self, made: Plan, span: Span, weights: Tensor) -> Tensor:
+        return gather_sum(restore(self.kept(made, span), self.codes, self.base), made.index.view(weights.shape), weights)
 
 
 def restore(old: Tensor, new: Tensor, base: Tensor) -> Tensor:
