@@ -21,6 +21,8 @@ from mixers.product_keys import IDW_EPS, best_subkeys
 
 # Of |q|^2 + |key|^2: a squared distance from here on has lost two bits to cancellation, a difference one.
 FAR = 0.25
+# Fewer numbers than these are formed in the time that it takes to call the operations that would spare them.
+MANY_DIFFERENCES = 2**18
 
 
 class Addresses(NamedTuple):
@@ -106,9 +108,10 @@ def _far_distances(halves: Tensor, keys: Tensor, coarse: Tensor) -> Tensor | Non
     precise as from differences, up to a small factor: not shorter than a quarter of the longest |q|^2 + |key|^2.
 
     That saves forming the differences (A,S,k,K/2), which takes as long as everything else of the addressing but the
-    product with all sub-keys. None otherwise, and off the CPU, where to decide would be to wait for the device.
+    product with all sub-keys. None otherwise; where they are few numbers; and off the CPU, where to decide would be to
+    wait for the device.
     """
-    if coarse.device.type != "cpu" or not coarse.numel():
+    if coarse.device.type != "cpu" or coarse.numel() * keys.shape[-1] < MANY_DIFFERENCES:
         return None
     squares = torch.linalg.vector_norm(halves, dim=-1, keepdim=True).square_()
     distances = torch.sub(squares, coarse, alpha=2)

@@ -254,7 +254,9 @@ class UntouchedRows:
         return self.rows.index_select(0, made.rows[: span.row_new])
 
     def read_only(self, made: Plan, span: Span, weights: Tensor) -> Tensor:
-        return gather_sum(restore(self.kept(made, span), self.codes, self.base), made.index.view(weights.shape), weights)
+        return gather_sum(
+            restore(self.kept(made, span), self.codes, self.base), made.index.view(weights.shape), weights
+        )
 
 
 def restore(old: Tensor, new: Tensor, base: Tensor) -> Tensor:
