@@ -145,7 +145,8 @@ class _SparseChunks(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         call = _Call(q, v, gate, mask, keys.shape, n_written, options)
         if n_written:
-            table = TouchedRows(base, call.n_memories, codes, rows, q.shape[0] * n_written * call.n_read)
+            n_writing, n_accesses = (q.shape[0] * n * call.n_read for n in (n_written, q.shape[1]))
+            table = TouchedRows(base, call.n_memories, codes, rows, n_writing, n_accesses)
         else:
             table = UntouchedRows(base, codes, rows)
         now = keys.reshape(-1, *keys.shape[-2:])

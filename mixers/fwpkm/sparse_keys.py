@@ -263,12 +263,12 @@ def choose(chunks: list[Addresses], n_memories: int, options: ChunkOptions) -> C
     n_halves, n_subkeys, _ = chunks[0].keys.shape
     top_k = options.top_k
     by_half = (len(chunks), n_memories, n_halves // (2 * n_memories), 2, -1, top_k)
-    scores = torch.stack([at.scores for at in chunks]).view(by_half)
-    subkeys = torch.stack([at.codes for at in chunks]).view(by_half).remainder(n_subkeys)
-    sums = (scores[:, :, :, 0, :, :, None] + scores[:, :, :, 1, :, None, :]).flatten(-2)
+    scores1, scores2 = torch.stack([at.scores for at in chunks]).view(by_half).unbind(3)
+    subkeys1, subkeys2 = torch.stack([at.codes for at in chunks]).view(by_half).remainder_(n_subkeys).unbind(3)
+    sums = (scores1.unsqueeze(-1) + scores2.unsqueeze(-2)).flatten(-2)
     best, pairs = sums.topk(top_k, dim=-1)
     first, second = _positions(pairs, top_k)
-    slots = torch.add(subkeys[:, :, :, 1].gather(-1, second), subkeys[:, :, :, 0].gather(-1, first), alpha=n_subkeys)
+    slots = torch.add(subkeys2.gather(-1, second), subkeys1.gather(-1, first), alpha=n_subkeys)
     weights = torch.softmax(_by_token(best) / options.temperature, dim=-1)
     return Choice(pairs, _by_token(slots), weights)
 

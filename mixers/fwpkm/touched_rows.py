@@ -60,8 +60,8 @@ class Plan(NamedTuple):
 
 
 def plan(codes: Tensor, n_each: list[int], n_read: int, known: Tensor) -> tuple[Plan, list[Span]]:
-    """The plan of chunks with ``n_each`` accesses, ``n_read`` per token: codes (E,) of the accesses, known (U,) of the
-    rows met before, at places 0..U-1. Two stable sorts, for all chunks at once."""
+    """The plan of chunks with ``n_each`` accesses, as many in all but the last, and ``n_read`` per token: codes (E,) of
+    the accesses, known (U,) of the rows met before, at places 0..U-1. Two stable sorts, for all chunks at once."""
     n_known, n_chunks = known.numel(), len(n_each)
     chunk = _chunk_ids(n_each, codes)
     in_order, order = stable_sort(torch.cat([known, codes]) if n_known else codes)
@@ -100,8 +100,8 @@ def plan_reads(codes: Tensor, n_read: int, known: Tensor) -> tuple[Plan, list[Sp
 
 
 def _chunk_ids(n_each: list[int], like: Tensor) -> Tensor:
-    """(E,): the chunk of each access."""
-    return torch.repeat_interleave(torch.tensor(n_each, device=like.device), output_size=like.numel())
+    """(E,): the chunk of each access. All chunks but the last are equally long."""
+    return torch.arange(like.numel(), device=like.device).div_(n_each[0], rounding_mode="floor")
 
 
 def _group(
@@ -114,7 +114,6 @@ def _group(
     starts = is_first.nonzero().squeeze(1)
     index = torch.empty_like(order).scatter_(0, order, is_first.cumsum(0).sub_(1))
     # The order is chunk by chunk, so an entry's chunk is the same before and after.
-    chunk_starts = torch.tensor(entries[:-1], device=places.device)
     chunk_of_row = chunk.index_select(0, starts)
     all_starts = torch.cat([starts, starts.new_full((1,), n_entries)])
     n_rows = torch.bincount(chunk_of_row, minlength=n_chunks)
@@ -123,7 +122,7 @@ def _group(
     made = Plan(
         places,
         order,
-        (order - chunk_starts.index_select(0, chunk)).div_(n_read, rounding_mode="floor"),
+        (order % n_each[0]).div_(n_read, rounding_mode="floor"),
         index,
         places.index_select(0, order.index_select(0, starts)),
         starts,
@@ -172,13 +171,18 @@ class TouchedRows:
     """The rows that one call touches, at their places: a private copy, written in place.
 
     base: (1 or M,N,V), never written. codes (U,) ascending and rows (U,V): what differs from it already. n_accesses: of
-    the chunks that write. For each of these, in turn: ``read``, and ``add`` for its :func:`blocks`; then ``read_only``.
+    the call, n_writing of them of chunks that write. For each of these, in turn: ``read``, and ``add`` for its
+    :func:`blocks`; then ``read_only``.
     """
 
-    def __init__(self, base: Tensor, n_memories: int, codes: Tensor, rows: Tensor, n_accesses: int) -> None:
+    def __init__(
+        self, base: Tensor, n_memories: int, codes: Tensor, rows: Tensor, n_writing: int, n_accesses: int
+    ) -> None:
         self.base = base.flatten(0, 1)
         self.codes = codes
         n_given = codes.numel()
+        if n_accesses * rows.shape[1] * rows.element_size() >= LARGE_BYTES:
+            n_accesses = n_writing
         self.table = _room_for(min(n_given + n_accesses, n_memories * base.shape[1]), rows)
         self.table[:n_given] = rows
 
@@ -193,13 +197,15 @@ class TouchedRows:
         return self.table.index_select(0, made.rows[span.row : span.row_new])
 
     def read(self, made: Plan, span: Span, weights: Tensor) -> Tensor:
-        """What tokens with ``weights`` (S,J) read (S,V), of a chunk that writes: the rows that it meets first come in."""
+        """What tokens with ``weights`` (S,J) read (S,V), after the rows that their chunk meets first have come in."""
         new = self.table[span.new : span.new_stop]
         torch.index_select(self.base, 0, base_rows(self.codes[span.new : span.new_stop], self.base), out=new)
         return gather_sum(self.table, made.places[span.entry : span.entry_stop].view(weights.shape), weights)
 
     def read_only(self, made: Plan, span: Span, weights: Tensor) -> Tensor:
-        """The same for a last chunk that does not write: rows that it meets first are read where they stand."""
+        """The same for a last chunk that does not write: large rows that it meets first are read where they stand."""
+        if self.table.shape[0] >= span.new_stop:
+            return self.read(made, span, weights)
         places = made.places[span.entry : span.entry_stop]
         is_new = places >= span.new
         new, known = is_new.nonzero().squeeze(1), is_new.logical_not().nonzero().squeeze(1)
