@@ -9,7 +9,7 @@ import pytest
 
 from analysis.comparison import compare
 from analysis.runs import rows_from_records
-from tests.analysis.browser import eventually, expect, expect_in_address, open_plot, points, wait_until
+from tests.analysis.browser import eventually, expect, expect_in_address, open_plot, points
 from tests.analysis.conftest import HOSTILE, Store, Watched
 
 pytestmark = pytest.mark.xdist_group("browser")
@@ -62,7 +62,7 @@ def test_marks_stand_where_the_axes_say(store: Store, dashboard: str, watched: W
         expected = (at_low + share * (at_high - at_low), up[0] + line.metrics["report/accuracy"].mean * (up[1] - up[0]))
         assert mark["at"] == pytest.approx(expected, abs=1.5)
         assert mark["seen"] == pytest.approx(mark["at"], abs=2.5)  # a triangle's middle is not that of its box
-    # the interval of the one drawn last: its bar ends where the interval does
+    # a bar ends where its interval does
     bars = page.evaluate("[...document.querySelectorAll('#plot path.bars')].map((bar) => bar.getBBox().height)")
     heights = sorted(
         (m.high - m.low) * (up[0] - up[1])
@@ -74,17 +74,16 @@ def test_marks_stand_where_the_axes_say(store: Store, dashboard: str, watched: W
 
 def test_a_mark_tells_about_itself_as_text_and_a_click_picks_it(dashboard: str, watched: Watched) -> None:
     page = open_plot(watched.page, f"{dashboard}/compare?sweep=hostile")
-    for arm in HOSTILE:
-        page.evaluate("document.querySelector('#plot').scrollIntoView()")
+    expect(page.locator("#findings details").first).to_be_visible()  # nothing moves any more
+    page.evaluate("document.querySelector('#plot').scrollIntoView()")
+    tip = page.locator("#plot .tip")
+    for arm in HOSTILE:  # all at one state, a few pixels apart: the nearest tells
         x, y = place(page, arm, "n_pairs=8")
-        page.mouse.move(1, 1)
         page.mouse.move(x, y)
-        told = page.evaluate("document.querySelector('#plot .tip').textContent")
-        # of marks at one place that on top is told of
-        assert any(name in told for name in HOSTILE), told
-        expect(page.locator("#plot .tip")).to_be_visible()
+        expect(tip.locator("strong")).to_have_text(arm)
+        expect(tip).to_be_visible()
     page.mouse.click(x, y)
-    expect(page.locator("#details h3")).to_contain_text("n_pairs=8")
+    expect(page.locator("#details h3")).to_have_text(f"{arm}, n_pairs=8")
     page.mouse.move(1, 1)
     expect(page.locator("#plot .tip")).to_be_hidden()
     assert page.evaluate("window.pwned") is None
@@ -94,40 +93,47 @@ def test_a_mark_tells_about_itself_as_text_and_a_click_picks_it(dashboard: str, 
 
 def test_a_drag_zooms_all_panels_until_the_axes_change(dashboard: str, watched: Watched) -> None:
     page = open_plot(watched.page, f"{dashboard}/compare?sweep=mqar_state")
+    expect(page.locator("#findings details").first).to_be_visible()  # nothing moves any more
     page.evaluate("document.querySelector('#plot').scrollIntoView()")
-    ranges = "mixlab.chartOf(document.getElementById('plot')).panels.map((p) => [...p.x.range, ...p.y.range])"
-    whole = page.evaluate(ranges)
-    n_marks = page.locator("#plot .points path").count()
-    left, top, width, height = page.evaluate(
-        """() => {
-          const box = document.querySelector("#plot svg").getBoundingClientRect();
-          const [panel] = mixlab.chartOf(document.getElementById("plot")).panels;
-          return [box.left + panel.left, box.top + panel.top, panel.width, panel.height];
-        }"""
-    )
-    page.mouse.move(left + 0.25 * width, top + 0.5 * height)
-    page.mouse.down()
-    page.mouse.move(left + 0.5 * width, top + 0.25 * height, steps=4)
-    page.mouse.up()
+
+    def ranges() -> list[list[float]]:
+        found = "mixlab.chartOf(document.getElementById('plot')).panels.map((p) => [...p.x.range, ...p.y.range])"
+        return page.evaluate(found)
+
+    def drag(right: float, up: float) -> None:
+        """Over a part of the first panel, from a quarter across and half up."""
+        left, top, width, height = page.evaluate(
+            """() => {
+              const box = document.querySelector("#plot svg").getBoundingClientRect();
+              const [panel] = mixlab.chartOf(document.getElementById("plot")).panels;
+              return [box.left + panel.left, box.top + panel.top, panel.width, panel.height];
+            }"""
+        )
+        page.mouse.move(left + 0.25 * width, top + 0.5 * height)
+        page.mouse.down()
+        page.mouse.move(left + (0.25 + right) * width, top + (0.5 - up) * height, steps=4)
+        page.mouse.up()
+
+    whole = ranges()
     x0, x1, y0, y1 = whole[0]
-    expected = [x0 + 0.25 * (x1 - x0), x0 + 0.5 * (x1 - x0), y0 + 0.5 * (y1 - y0), y0 + 0.75 * (y1 - y0)]
-    assert page.evaluate(ranges) == [pytest.approx(expected, abs=0.02 * (x1 - x0))] * len(whole)
+    n_marks = page.locator("#plot .points path").count()
+    drag(0.25, 0.25)
+    part = [x0 + 0.25 * (x1 - x0), x0 + 0.5 * (x1 - x0), y0 + 0.5 * (y1 - y0), y0 + 0.75 * (y1 - y0)]
+    eventually(ranges, [pytest.approx(part, abs=0.02 * (x1 - x0))] * len(whole))
     assert page.locator("#plot .points path").count() < n_marks
     assert page.locator("#details").is_hidden()  # a drag is no click
     page.locator("#legend button").first.click()  # what is filtered stays zoomed
     expect_in_address(page, "arm=")
-    eventually(lambda: page.evaluate(ranges)[0], pytest.approx(expected, abs=0.02 * (x1 - x0)))
+    assert ranges() == [pytest.approx(part, abs=0.02 * (x1 - x0))] * len(whole)
     page.get_by_role("button", name="Reset zoom").click()
-    eventually(lambda: page.evaluate(ranges), whole)
     page.locator("#legend-tools button").first.click()
-    page.mouse.move(left + 0.25 * width, top + 0.5 * height)
-    page.mouse.down()
-    page.mouse.move(left + 0.5 * width, top + 0.5 * height, steps=4)  # straight across: a strip
-    page.mouse.up()
-    assert page.evaluate(ranges)[0][2:] == [y0, y1]
+    eventually(ranges, whole)
+    drag(0.25, 0.0)  # straight across: a strip
+    strip = [*part[:2], y0, y1]
+    eventually(ranges, [pytest.approx(strip, abs=0.02 * (x1 - x0))] * len(whole))
     page.select_option("#x", "cost/params")
-    wait_until(page, "document.querySelector('#plot .unzoom').hidden")
-    eventually(lambda: len(points(page)), page.locator("#plot .points path").count())
+    expect(page.get_by_role("button", name="Reset zoom")).to_be_hidden()
+    eventually(lambda: page.locator("#plot .points path").count(), len(points(page)))
     assert watched.errors == []
 
 
@@ -136,14 +142,14 @@ def test_dark_pages_swallow_no_mark(dashboard: str, watched: Watched) -> None:
     contrast = """() => {
       const linear = (v) => (v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
       const light = (color) => {
-        const [r, g, b] = [1, 3, 5].map((i) => linear(parseInt(color.slice(i, i + 2), 16) / 255));
+        const [r, g, b] = color.match(/[\\d.]+/g).slice(0, 3).map((part) => linear(part / 255));
         return .2126 * r + .7152 * g + .0722 * b;
       };
-      const page = light(getComputedStyle(document.documentElement).getPropertyValue("--page").trim());
+      const page = light(getComputedStyle(document.body).backgroundColor);
       const drawn = [...document.querySelectorAll("#plot .points path, #legend .swatch path")];
-      const marks = drawn.map((mark) => mark.getAttribute("fill"));
+      const marks = drawn.map((mark) => getComputedStyle(mark).fill);
       return Math.min(...marks.map((mark) => (light(mark) + .05) / (page + .05)));
     }"""
     assert page.evaluate(contrast) >= 3.4
     page.select_option("#theme", "light")
-    expect(page.locator("#legend .swatch path[fill='#5F5F5F']")).to_have_count(1)
+    expect(page.locator("#legend .swatch[fill='#5F5F5F']")).to_have_count(1)

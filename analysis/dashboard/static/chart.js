@@ -175,20 +175,21 @@ mixlab.paintChart = function (chart) {
       if (!error?.visible) continue;
       clipped.append(s("path", { class: "bars", d: errorBars(panel, trace, spots, letter, error), stroke: error.color, "stroke-width": error.thickness, opacity }));
     }
-    const marker = trace.marker ?? {}, words = trace.mode.includes("text");
+    const marker = trace.marker ?? {}, size = marker.size ?? 6, symbols = marker.symbol ?? "circle";
+    let group = null, shared = ""; // marks of one look are a group, which has it
     spots.forEach((p, i) => {
       if (!isSeen(p)) return;
       if (trace.mode.includes("markers")) {
-        const symbol = Array.isArray(marker.symbol) ? marker.symbol[i] : marker.symbol ?? "circle";
-        const mark = mixlab.markOf(p[0], p[1], symbol, marker.size ?? 6, marker.color, marker.line);
-        if (marker.opacity ?? opacity) mark.setAttribute("opacity", marker.opacity ?? opacity);
-        marks.append(mark);
+        const symbol = Array.isArray(symbols) ? symbols[i] : symbols, kind = /-(open|thin)$/.test(symbol) ? "line" : "area";
+        if (kind !== shared) marks.append(group = s("g", { ...mixlab.markLook(symbol, size, marker.color, marker.line), opacity: marker.opacity ?? opacity }));
+        shared = kind;
+        group.append(mixlab.markAt(p[0], p[1], symbol, size));
       }
-      if (words) {
+      if (trace.mode.includes("text")) {
         const aside = trace.textposition === "middle right" ? 1 : -1;
-        marks.append(mixlab.svgText(trace.text[i], p[0] + aside * ((marker.size ?? 6) / 2 + 3), p[1], { anchor: aside > 0 ? "start" : "end", baseline: "central", font: trace.textfont }));
+        marks.append(mixlab.svgText(trace.text[i], p[0] + aside * (size / 2 + 3), p[1], { anchor: aside > 0 ? "start" : "end", baseline: "central", font: trace.textfont }));
       }
-      if (trace.hoverinfo !== "skip") chart.points.push({ panel, x: p[0], y: p[1], size: marker.size ?? 6, text: () => trace.text?.[i] ?? "", who: trace.customdata?.[i] ?? null });
+      if (trace.hoverinfo !== "skip") chart.points.push({ panel, x: p[0], y: p[1], size, text: () => trace.tell?.(i) ?? trace.text?.[i] ?? "", who: trace.customdata?.[i] ?? null });
     });
   }
 

@@ -11,7 +11,7 @@ mixlab.charts.save = function (host, format, name, key) {
   const entries = key.map(({ label, color, symbol }) => {
     const size = Math.min(width - 32, mixlab.textWidth(label, small) + 36);
     if (x > 16 && x + size > width - 16) { x = 16; y += 20; }
-    const made = [mixlab.markOf(x + 7, y, symbol, 11, color, null), mixlab.svgText(mixlab.plotlyText(label), x + 18, y, { baseline: "central", font: small })];
+    const made = [mixlab.svg("g", mixlab.markLook(symbol, 11, color, null), mixlab.markAt(x + 7, y, symbol, 11)), mixlab.svgText(mixlab.plotlyText(label), x + 18, y, { baseline: "central", font: small })];
     x += size;
     return made;
   });

@@ -20,16 +20,19 @@ mixlab.svg = function (tag, attributes, ...children) {
 
 mixlab.px = (value) => Math.round(value * 10) / 10;
 
-// A mark of `size` pixels; `outline` = {color, width}.
-mixlab.markOf = function (x, y, symbol, size, color, outline) {
-  const isOpen = symbol.endsWith("-open"), shape = isOpen ? symbol.slice(0, -5) : symbol, isThin = shape.endsWith("-thin");
+// A mark of `size` pixels; its look is that of the group that it is put into.
+mixlab.markAt = function (x, y, symbol, size) {
   const scale = size / 12;
-  const stroke = isOpen || isThin ? color : outline?.color ?? null;
-  const width = isOpen ? Math.max(1.4, outline?.width ?? 0) : outline?.width ?? (isThin ? 1.5 : null);
   return mixlab.svg("path", {
-    d: mixlab.SHAPES[shape] ?? mixlab.SHAPES.circle, transform: `translate(${mixlab.px(x - 8 * scale)} ${mixlab.px(y - 8 * scale)}) scale(${Math.round(scale * 1000) / 1000})`,
-    fill: isOpen || isThin ? "none" : color, stroke, "stroke-width": stroke ? Math.round((width / scale) * 100) / 100 : null,
+    d: mixlab.SHAPES[symbol.replace(/-open$/, "")] ?? mixlab.SHAPES.circle,
+    transform: `translate(${mixlab.px(x - 8 * scale)} ${mixlab.px(y - 8 * scale)}) scale(${Math.round(scale * 1000) / 1000})`,
   });
+};
+
+// The look of marks, as attributes; `outline` = {color, width} or null.
+mixlab.markLook = function (symbol, size, color, outline) {
+  if (!/-(open|thin)$/.test(symbol)) return outline ? { fill: color, stroke: outline.color, "stroke-width": mixlab.px((12 * outline.width) / size) } : { fill: color };
+  return { fill: "none", stroke: color, "stroke-width": mixlab.px((12 * Math.max(1.4, outline?.width ?? 0)) / size) };
 };
 
 // The path through `points` = [[x, y] or null, ...]: null leaves a gap; "hv" and "vh" go in steps.

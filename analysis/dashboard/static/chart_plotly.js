@@ -8,7 +8,8 @@ mixlab.charts = {
     if (host.dataset.panels !== undefined && host.dataset.panels !== nPanels) Plotly.purge(host);
     host.dataset.panels = nPanels;
     const bar = { modeBarButtonsToRemove: ["select2d", "lasso2d", "toImage"], displayModeBar: onPick && host.clientWidth >= 640 ? "hover" : false };
-    Plotly.react(host, traces, layout, { responsive: false, displaylogo: false, ...bar });
+    const told = traces.map(({ tell, ...trace }) => (tell ? { ...trace, text: trace.x.map((_, i) => tell(i)) } : trace));
+    Plotly.react(host, told, layout, { responsive: false, displaylogo: false, ...bar });
     host.removeAllListeners("plotly_click");
     if (onPick) host.on("plotly_click", (event) => { const picked = event.points[0]?.customdata; if (picked) onPick(...picked); });
   },

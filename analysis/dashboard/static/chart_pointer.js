@@ -52,9 +52,10 @@ mixlab.followPointer = function (chart) {
   function nearest(event) {
     if (!chart.svg || event.target === back) return null;
     const [x, y] = spot(event);
-    let best = null, least = REACH * REACH;
+    let best = null, least = REACH;
     for (const point of chart.points) {
-      const distance = (point.x - x) ** 2 + (point.y - y) ** 2;
+      // small marks, single seeds, lie around a large one: theirs is what is clearly nearer to them
+      const distance = Math.hypot(point.x - x, point.y - y) + Math.max(0, 12 - point.size) / 2.5;
       if (distance <= least) { least = distance; best = point; } // of two at one place the one on top
     }
     return best;

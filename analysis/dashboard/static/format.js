@@ -56,5 +56,5 @@ mixlab.element = function (tag, attributes, ...children) {
 
 // The mark of an arm, drawn as in the plot.
 mixlab.swatch = function (arm) {
-  return mixlab.svg("svg", { class: "swatch", viewBox: "0 0 16 16", "aria-hidden": "true" }, mixlab.markOf(8, 8, arm.symbol, 12, mixlab.visible(arm.color), null));
+  return mixlab.svg("svg", { class: "swatch", viewBox: "0 0 16 16", "aria-hidden": "true", ...mixlab.markLook(arm.symbol, 12, mixlab.visible(arm.color), null) }, mixlab.markAt(8, 8, arm.symbol, 12));
 };

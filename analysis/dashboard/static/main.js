@@ -160,8 +160,7 @@
   function fillLegend() {
     const names = model.arms.map((arm) => arm.name);
     const look = mixlab.look(model, grouping("color", "arm"));
-    const change = (now) => { keep("arm", names, now); fillLegend(); draw(); };
-    const shownArms = new Set(chosen("arm", names));
+    const change = (now) => { keep("arm", names, now); press(); draw(); };
     const tool = (text, label, choose) => {
       const made = mixlab.element("button", { type: "button", class: "tool", "aria-label": label }, text);
       made.addEventListener("click", () => change(choose()));
@@ -169,17 +168,23 @@
     };
     byId("legend").replaceChildren(...model.arms.map((arm) => {
       const swatch = mixlab.swatch(look.key.length ? { color: "currentColor", symbol: arm.symbol } : arm);
-      const button = mixlab.element("button", { type: "button", "aria-pressed": String(shownArms.has(arm.name)), title: arm.pattern }, swatch, mixlab.element("span", {}, arm.name));
+      const button = mixlab.element("button", { type: "button", title: arm.pattern }, swatch, mixlab.element("span", {}, arm.name));
       button.addEventListener("click", () => {
-        const now = new Set(shownArms);
+        const now = new Set(chosen("arm", names));
         if (!now.delete(arm.name)) now.add(arm.name);
         change(now);
-        [...byId("legend").querySelectorAll("button")].find((found) => found.title === arm.pattern && found.textContent === arm.name)?.focus();
       });
       return button;
     }));
+    press();
     byId("legend-tools").replaceChildren(tool("all", "Show all arms", () => new Set(names)), tool("none", "Hide all arms", () => new Set()));
     byId("key").replaceChildren(...look.key.map((entry) => mixlab.element("span", {}, mixlab.swatch(entry), " ", entry.label)));
+  }
+
+  // The buttons of the arms as the address has them.
+  function press() {
+    const names = model.arms.map((arm) => arm.name), shownArms = new Set(chosen("arm", names));
+    [...byId("legend").children].forEach((button, i) => button.setAttribute("aria-pressed", String(shownArms.has(names[i]))));
   }
 
   function grouping(name, otherwise) {

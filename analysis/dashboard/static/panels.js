@@ -10,7 +10,7 @@ mixlab.drawPanels = function (host, panels, most, theme) {
   const height = rows * (columns > 1 ? 300 : 260) + 30;
   const layout = {
     paper_bgcolor: theme.page, plot_bgcolor: theme.page, font: mixlab.font(theme, 12),
-    showlegend: false, width, height, margin: { l: 58, r: 18, t: 34, b: 50 }, hovermode: "closest", shapes: [], annotations: [],
+    showlegend: false, width, height, margin: { l: 58, r: 18, t: panels.some((panel) => panel.title) ? 34 : 14, b: 50 }, hovermode: "closest", shapes: [], annotations: [],
     hoverlabel: { align: "left", bgcolor: theme.page, bordercolor: theme.quiet, font: { color: theme.text } },
   };
   if (panels.length > 1) layout.grid = { rows, columns, pattern: "independent", xgap: 0.22, ygap: 100 / (height / rows) };

@@ -2,11 +2,18 @@
 // The plot: a panel per group of lines, a mark per line (an arm in a cell of a sweep), its interval, the Pareto fronts.
 
 // The colours of the page, which a chart must be told.
-mixlab.colors = function () {
-  const style = getComputedStyle(document.documentElement);
-  const value = (name) => style.getPropertyValue(name).trim();
-  return { page: value("--page"), text: value("--text"), quiet: value("--quiet"), grid: value("--line") };
-};
+mixlab.colors = (function () {
+  const known = new Map(); // by theme: asking for a style makes the browser lay out what has changed
+  return function () {
+    const { theme } = document.documentElement.dataset;
+    if (!known.has(theme)) {
+      const style = getComputedStyle(document.documentElement);
+      const value = (name) => style.getPropertyValue(name).trim();
+      known.set(theme, { page: value("--page"), text: value("--text"), quiet: value("--quiet"), grid: value("--line") });
+    }
+    return known.get(theme);
+  };
+})();
 
 mixlab.font = (theme, size) => ({ color: theme.text, size, family: 'system-ui, "Segoe UI", sans-serif' });
 
@@ -28,7 +35,7 @@ mixlab.drawPlot = function (host, shown, onPick) {
   const panelHeight = panels.length === 1 ? (width < 640 ? 360 : 460) : 330;
   const layout = {
     paper_bgcolor: theme.page, plot_bgcolor: theme.page, font: mixlab.font(theme, 13), showlegend: false,
-    height: rows * panelHeight + 40, margin: { l: 64, r: 16, t: 34, b: 56 }, hovermode: "closest",
+    height: rows * panelHeight + 40, margin: { l: 64, r: 16, t: panels.some((panel) => panel.title) ? 34 : 14, b: 56 }, hovermode: "closest",
     hoverlabel: { align: "left", bgcolor: theme.page, bordercolor: theme.quiet, font: { color: theme.text } },
     annotations: [], shapes: [],
   };
@@ -107,7 +114,7 @@ mixlab.drawPlot = function (host, shown, onPick) {
       x: placed.map((p) => p.px), y: placed.map((p) => p.py), customdata: placed.map((p) => (p.line ? [p.line.arm, p.line.cell, p.line.sweep] : null)), cliponaxis: false,
       marker: { color, symbol: placed.map((p) => (p.line ? shown.look.of(p.line).symbol : "circle")), size: placed.length > 150 ? 8 : 12, line: { color: theme.page, width: 1 } },
       line: { color, width: byFactor ? 1.8 : 0 }, error_y: bars(y, ys.place, "py"), error_x: bars(x, xs.place, "px"),
-      text: placed.map((p) => (p.line ? mixlab.hoverText(p.line, shown) : "")), hovertemplate: "%{text}<extra></extra>",
+      tell: (i) => (placed[i].line ? mixlab.hoverText(placed[i].line, shown) : ""), hovertemplate: "%{text}<extra></extra>",
     };
   }
 
@@ -118,7 +125,7 @@ mixlab.drawPlot = function (host, shown, onPick) {
       type: "scatter", mode: "markers", name: "seeds", ...ids, x: runs.map((p) => p.px), y: runs.map((p) => p.py),
       customdata: runs.map((p) => [p.line.arm, p.line.cell, p.line.sweep]),
       marker: { color, symbol: runs.map((p) => shown.look.of(p.line).symbol + "-open"), size: 7, opacity: 0.75 },
-      text: runs.map((p) => `<b>${mixlab.plotlyText(p.line.arm)}</b>, seed ${p.run.seed}<br>${mixlab.plotlyText(y.label)}: ${mixlab.human(p.run.y, y.unit)}`),
+      tell: (i) => `<b>${mixlab.plotlyText(runs[i].line.arm)}</b>, seed ${runs[i].run.seed}<br>${mixlab.plotlyText(y.label)}: ${mixlab.human(runs[i].run.y, y.unit)}`,
       hovertemplate: "%{text}<extra></extra>",
     };
   }
