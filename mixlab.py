@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
@@ -27,6 +28,8 @@ for package in (mixers.cli, experiments.cli, sweeps.cli, analysis.cli):
 
 def main() -> None:
     """Run the command line. A user's mistake is one line on stderr and exit code 2; Ctrl-C exits with 130."""
+    # Of processes that we start: a folder `experiments` where the user stands must not be taken for ours.
+    os.environ["PYTHONSAFEPATH"] = "1"
     try:
         status = cli.main(standalone_mode=False)
     except UserError as error:

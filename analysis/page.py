@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 STATIC = Path(__file__).parent / "dashboard" / "static"
+BASE_SCRIPTS = ("format.js", "view.js", "theme.js", "live.js", "chart_marks.js")
 COMPARE_SCRIPTS = (
-    "format.js",
-    "view.js",
-    "theme.js",
-    "live.js",
+    *BASE_SCRIPTS,
     "scale.js",
     "pareto.js",
     "model.js",
@@ -43,9 +41,10 @@ PLOTLY_JS = _plotly_js()
 
 def report_page(payload: dict[str, Any]) -> str:
     """The same page with data, styles, scripts and plotly inside: one file that needs no network and no server."""
-    scripts = [PLOTLY_JS.read_text(encoding="utf-8")] + [
-        (STATIC / name).read_text(encoding="utf-8") for name in COMPARE_SCRIPTS
+    own = [
+        (STATIC / name).read_text(encoding="utf-8") for name in (*COMPARE_SCRIPTS[:-1], "chart_plotly.js", "main.js")
     ]
+    scripts = [PLOTLY_JS.read_text(encoding="utf-8"), *own]
     styles = f"<style>\n{(STATIC / 'compare.css').read_text(encoding='utf-8')}</style>"
     inline = "\n".join("<script>\n" + text.replace("</script", "<\\/script") + "\n</script>" for text in scripts)
     return filled("compare", navigation="", styles=styles, scripts=inline, data=script_json(payload))

@@ -91,13 +91,14 @@ def best_halves(halves: Tensor, keys: Tensor, top_k: int, score: Score) -> Tenso
     """The k best of the sub-keys (M,H,2,n,K/2) for each half (M,S,H,2,K/2): (M,S,H,2,k) int64, best first."""
     n_memories, n_queries, n_heads = halves.shape[:3]
     by_half = halves.permute(0, 2, 3, 1, 4).reshape(2 * n_memories * n_heads, n_queries, halves.shape[-1])
-    best = best_subkeys(by_half, keys.flatten(0, 2), top_k, score)
+    best = best_subkeys(by_half, keys.flatten(0, 2), top_k, score).indices
     return best.view(n_memories, n_heads, 2, n_queries, top_k).permute(0, 3, 1, 2, 4)
 
 
 @torch.no_grad()
-def best_subkeys(queries: Tensor, keys: Tensor, top_k: int, score: Score) -> Tensor:
-    """The k best of the sub-keys (A,n,K/2) for each query (A,S,K/2) of the same of A tables: (A,S,k) int64, best first.
+def best_subkeys(queries: Tensor, keys: Tensor, top_k: int, score: Score) -> torch.return_types.topk:
+    """The k best of the sub-keys (A,n,K/2) for each query (A,S,K/2) of the same of A tables, best first: indices
+    (A,S,k) int64, and values (A,S,k), what they are ranked by.
 
     idw ranks by <q,key> - |key|^2 / 2: |q|^2 is the same for all sub-keys of a query, and 2 does not change the order.
     """
@@ -105,7 +106,7 @@ def best_subkeys(queries: Tensor, keys: Tensor, top_k: int, score: Score) -> Ten
         coarse = torch.baddbmm(torch.linalg.vecdot(keys, keys).unsqueeze(1), queries, keys.mT, beta=-0.5)
     else:
         coarse = torch.bmm(queries, keys.mT)
-    return coarse.topk(top_k, dim=-1).indices
+    return coarse.topk(top_k, dim=-1)
 
 
 def best_pairs(half_scores: Tensor, half_indices: Tensor, n_subkeys: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -82,6 +82,16 @@ def test_help_lists_the_commands(tmp_path: Path) -> None:
         assert command in done.stdout
 
 
+def test_folders_of_the_user_are_not_taken_for_ours(tmp_path: Path) -> None:
+    for package in ("analysis", "experiments", "mixers", "sweeps"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise RuntimeError('a folder of the user')\n")
+    # its processes are forked from a server, which looks for modules by itself
+    done = by_itself(*"bench fwpkm --quick --scene decode --impl sparse --no-memory".split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "a folder of the user" not in done.stderr
+
+
 def test_train_twice_is_train_once(recipe: Path) -> None:
     first = by_itself("train", "tiny.toml", "train.lr=0.01", "--json", cwd=recipe.parent)
     assert first.returncode == 0, first.stderr

@@ -64,8 +64,13 @@ def respond(given: Answer) -> Response:
     if given.status == 200 and given.etag in request.if_none_match:
         return Response(status=304, headers=headers)
     body = given.body
-    if len(body) >= _COMPRESS_FROM and "gzip" in request.accept_encodings:
+    if takes_gzip(body):
         body = given.compressed
         headers["Content-Encoding"] = "gzip"
         headers["Vary"] += ", Accept-Encoding"
     return Response(body, status=given.status, mimetype="application/json", headers=headers)
+
+
+def takes_gzip(body: bytes) -> bool:
+    """Whether the present request takes ``body`` compressed, and it is large enough for that to pay."""
+    return len(body) >= _COMPRESS_FROM and "gzip" in request.accept_encodings

@@ -5,17 +5,16 @@ from __future__ import annotations
 import gzip
 import threading
 from collections.abc import Callable, Hashable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
-from flask import Flask, Response, request, send_from_directory
+from flask import Flask, Response, request
 
 from analysis.dashboard import mlflow_private
-from analysis.dashboard.answers import Answer, Answers, answer, respond
-from analysis.dashboard.pages import STATIC_FILES, page
+from analysis.dashboard.answers import Answer, Answers, answer, respond, takes_gzip
+from analysis.dashboard.pages import PARTS, page, part
 from analysis.dashboard.store import Store, VisibleStore
 from analysis.dashboard.views import Views
-from analysis.page import PLOTLY_JS, STATIC
 from analysis.runs import find_experiment, sweep_experiments
 from experiments.errors import UserError
 from experiments.paths import runs_root
@@ -23,9 +22,8 @@ from experiments.paths import runs_root
 _YEAR_S = 365 * 24 * 3600
 _WARM = 30  # sweeps, fewer than the answers that are kept
 # Scripts from here only, and none in the page itself: a name that became markup could still do nothing.
-# Styles may stand in the page, as plotly sets them there.
 CONTENT_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
 )
 _SECURITY = {
@@ -71,7 +69,7 @@ def add_pages(app: Flask, prefix: str, may_read: Callable[[list[str]], list[str]
     /compare/runs?experiment=NAME&arm&cell[&tag]      the runs of one arm and cell
     /compare/seeds?experiment=NAME&x&y[&tag]          two values of every replicate
     /mixers/data[?name=NAME]                          all mixers, or one
-    /compare/static/..., /compare/plotly.js
+    /compare/static/...                               the style, and the script of every page
 
     and a link to /sweeps on MLflow's index page. ``may_read`` says which experiments the user of the present request
     may see; the others are to our pages as if they were not there.
@@ -85,11 +83,10 @@ def add_pages(app: Flask, prefix: str, may_read: Callable[[list[str]], list[str]
         "/compare/runs": lambda: server.of_sweep(server.views.runs_of, "arm", "cell"),
         "/compare/seeds": lambda: server.of_sweep(server.views.seeds, "x", "y"),
         "/mixers/data": server.mixers,
-        "/compare/plotly.js": plotly_js,
-        "/sweeps": lambda: _page("sweeps", draws=False),
-        "/compare": lambda: _page("compare", draws=True),
-        "/mixers": lambda: _page("mixers", draws="name" in request.args),  # else they are a list
-        **{f"/compare/static/{name}": (lambda name=name: _static(name)) for name in STATIC_FILES},
+        "/sweeps": lambda: _page("sweeps"),
+        "/compare": lambda: _page("compare"),
+        "/mixers": lambda: _page("mixers"),
+        **{f"/compare/static/{name}": (lambda name=name: _part(name)) for name in PARTS},
     }
     for rule, view in views.items():
         app.add_url_rule(prefix + rule, f"mixlab {rule}", view, methods=["GET"])
@@ -194,25 +191,16 @@ class _Server:
             return self._store
 
 
-def _page(name: str, *, draws: bool) -> Response:
-    return Response(page(name, draws=draws), mimetype="text/html", headers={"Cache-Control": "no-cache", **_SECURITY})
+def _page(name: str) -> Response:
+    return Response(page(name), mimetype="text/html", headers={"Cache-Control": "no-cache", **_SECURITY})
 
 
-def _static(name: str) -> Response:
-    response = send_from_directory(STATIC, name, max_age=0)
-    response.headers.update(_SECURITY)
-    return response
-
-
-def plotly_js() -> Response:
-    # its address carries the version, so that it may be kept for good
-    headers = {"Cache-Control": f"public, max-age={_YEAR_S}", "Vary": "Accept-Encoding"}
-    if "gzip" not in request.accept_encodings:
-        return Response(PLOTLY_JS.read_bytes(), mimetype="text/javascript", headers=headers)
-    headers["Content-Encoding"] = "gzip"
-    return Response(_plotly_compressed(), mimetype="text/javascript", headers=headers)
-
-
-@cache
-def _plotly_compressed() -> bytes:
-    return gzip.compress(PLOTLY_JS.read_bytes(), 6, mtime=0)  # 5 MB become 1.5
+def _part(name: str) -> Response:
+    # its address in a page changes with it, so that a browser may keep it for good
+    headers = {"Cache-Control": f"public, max-age={_YEAR_S}, immutable", "Vary": "Accept-Encoding", **_SECURITY}
+    kind = "text/css" if name.endswith(".css") else "text/javascript"
+    body = part(name).encode()
+    if takes_gzip(body):
+        body = gzip.compress(body, 6, mtime=0)
+        headers["Content-Encoding"] = "gzip"
+    return Response(body, mimetype=kind, headers=headers)

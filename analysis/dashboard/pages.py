@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-from analysis.page import COMPARE_SCRIPTS, PLOTLY_JS, STATIC, filled
+import hashlib
 
-# the scripts of every page
+from analysis.page import BASE_SCRIPTS, COMPARE_SCRIPTS, STATIC, filled
+
+_CHARTS = ("chart_axis.js", "chart.js", "chart_pointer.js", "chart_file.js")
+# the scripts of every page, sent as one: each request to the server costs more than the script itself
 PAGES: dict[str, tuple[str, ...]] = {
-    "sweeps": ("format.js", "view.js", "theme.js", "live.js", "sweeps.js"),
-    "compare": COMPARE_SCRIPTS,
-    "mixers": (*COMPARE_SCRIPTS[:-1], "mixers.js"),
+    "sweeps": (*BASE_SCRIPTS, "sweeps.js"),
+    "compare": (*COMPARE_SCRIPTS[:-1], *_CHARTS, "main.js"),
+    "mixers": (*COMPARE_SCRIPTS[:-1], *_CHARTS, "mixers.js"),
 }
-STATIC_FILES = tuple(sorted(path.name for path in STATIC.iterdir() if path.suffix in (".js", ".css")))
 
 
-def page(name: str, *, draws: bool) -> str:
-    """The page ``name``; with plotly where it ``draws``."""
-    scripts = [f'<script src="compare/static/{script}"></script>' for script in PAGES[name]]
-    if draws:
-        # Deferred: fetched and compiled while our scripts, which run first, ask for the data.
-        # The size stands in for a version: it changes with every release of plotly.
-        scripts.insert(0, f'<script src="compare/plotly.js?v={PLOTLY_JS.stat().st_size}" defer></script>')
+def part(name: str) -> str:
+    """The text of ``compare.css``, or of the script of a page, ``PAGE.js``."""
+    page_name, _, kind = name.partition(".")
+    files = PAGES[page_name] if kind == "js" else (name,)
+    return "\n".join((STATIC / file).read_text(encoding="utf-8") for file in files)
+
+
+PARTS = ("compare.css", *(f"{name}.js" for name in PAGES))
+
+
+def page(name: str) -> str:
+    """The page ``name``, with its script and style at addresses that change when they do."""
+    style, script = _address("compare.css"), _address(name + ".js")
     navigation = (STATIC / "navigation.html").read_text(encoding="utf-8").rstrip()
     return filled(
         name,
         navigation=navigation.replace(f'data-page="{name}"', f'data-page="{name}" aria-current="page"'),
-        styles='<link rel="stylesheet" href="compare/static/compare.css">',
-        scripts="\n".join(scripts),
+        styles=f'<link rel="stylesheet" href="{style}">\n<link rel="preload" as="script" href="{script}">',
+        scripts=f'<script src="{script}"></script>',
         data="null",
     )
+
+
+def _address(name: str) -> str:
+    return f"compare/static/{name}?v={hashlib.sha256(part(name).encode()).hexdigest()[:12]}"

@@ -52,7 +52,7 @@ from mixers.fwpkm.sparse_values import (
     value_loss_on_pairs,
     value_loss_on_pairs_backward,
 )
-from mixers.fwpkm.touched_rows import Plan, Span, TouchedRows, UntouchedRows, base_rows, restore
+from mixers.fwpkm.touched_rows import Plan, Span, TouchedRows, UntouchedRows, base_rows, blocks, restore
 
 FEW_DERIVATIVES = 2**18
 
@@ -145,12 +145,13 @@ class _SparseChunks(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         call = _Call(q, v, gate, mask, keys.shape, n_written, options)
         if n_written:
-            table = TouchedRows(base, call.n_memories, codes, rows, q.shape[0] * q.shape[1] * call.n_read)
+            n_writing, n_accesses = (q.shape[0] * n * call.n_read for n in (n_written, q.shape[1]))
+            table = TouchedRows(base, call.n_memories, codes, rows, n_writing, n_accesses)
         else:
             table = UntouchedRows(base, codes, rows)
         now = keys.reshape(-1, *keys.shape[-2:])
 
-        n_met = codes.numel()
+        n_met, row_bytes = codes.numel(), v.shape[-1] * v.element_size()
         reads, slots, weights, stages, all_spans = [], [], [], [], []
         squared_error, entropy = q.new_zeros(()), q.new_zeros(())
         for parts in call.stages:
@@ -174,10 +175,9 @@ class _SparseChunks(torch.autograd.Function):
             shares = Shares(all_a.index_select(0, plan.order), factors.index_select(0, plan.order))
             for i, (part, is_written) in enumerate(parts):
                 span = spans[i]
-                old = table.enter(plan, span)
-                on_tokens = table.sums(plan, span, a[i])
+                old_rows.append(table.kept(plan, span) if keep else None)
+                on_tokens = (table.read if is_written else table.read_only)(plan, span, a[i])
                 reads.append(on_tokens.view(q.shape[0], -1, v.shape[-1]))
-                old_rows.append(old if keep else None)
                 if not is_written:
                     continue
                 n_met = span.new_stop
@@ -191,7 +191,8 @@ class _SparseChunks(torch.autograd.Function):
                     on_half = pairs_to_halves(on_pairs.unsqueeze(0), choices[0].pairs)[0]
                     uses[i] = use_of(addresses[i], call.n_memories, on_half, options)
                     now = key_step(halves, addresses[i], uses[i], found, options)
-                table.put(plan, span, old, row_changes(error, shares, plan, span, options.lr, options.clip))
+                for block in blocks(plan, span, row_bytes):
+                    table.add(plan, block, row_changes(error, shares, plan, block, options.lr, options.clip))
             if options.address_weight:
                 entropy = entropy + sum(neg_entropy(use.mean) for use in uses if use is not None)
             slots += [choice.slots for choice in choices]
@@ -317,12 +318,12 @@ class _SparseChunks(torch.autograd.Function):
                 if stop > span.row:
                     here = slice(span.entry, entry_stop)
                     d_before = bag_sums(
-                        d_on_tokens, plan.token[here], plan.starts[span.row : stop], shares.weights[here]
+                        d_on_tokens, plan.token[here], plan.starts[span.row : stop] - span.entry, shares.weights[here]
                     )
                     if on_before is not None:
                         d_before += on_before[: d_before.shape[0]]
                     into = places[span.row : stop]
-                    d_table.index_copy_(0, into, d_before.add_(d_table.index_select(0, into)))
+                    d_table.index_add_(0, into, d_before)
 
             d_a = torch.empty_like(factors).scatter_(0, plan.order, torch.cat(d_reads[::-1]))
             if d_shares:

@@ -5,6 +5,7 @@ per half, K key width, G chunks of equal length.
 
 ``differences`` (A,S,k,K/2) is sub-key minus query half for ``idw``, the sub-key itself for ``dot``. It is what
 gradients are summed from: closed forms such as key * sum(c) - sum(c * q) save the gather, but cancel for near keys.
+Forward they are used where no chosen key is near.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from torch import Tensor
 from mixers.fwpkm.reference import ENTROPY_EPS, ChunkOptions
 from mixers.fwpkm.sparse_rows import bag_sums, dots, gather_sum, stable_sort
 from mixers.product_keys import IDW_EPS, best_subkeys
+
+# Of |q|^2 + |key|^2: a squared distance from here on has lost two bits to cancellation, a difference one.
+FAR = 0.25
+# Fewer numbers than these are formed in the time that it takes to call the operations that would spare them.
+MANY_DIFFERENCES = 2**18
 
 
 class Addresses(NamedTuple):
@@ -68,29 +74,50 @@ class StepGradients(NamedTuple):
 
 def address(
     halves: Tensor, keys: Tensor, options: ChunkOptions, room: Tensor, is_grouped: bool
-) -> tuple[Addresses, Tensor]:
-    """Addresses of query halves (A,S,K/2) in keys (A,n,K/2), and their differences, which lie in ``room``.
+) -> tuple[Addresses, Tensor | None]:
+    """Addresses of query halves (A,S,K/2) in keys (A,n,K/2); their differences, in ``room``, if they were formed.
 
     The choice is that of :func:`mixers.product_keys.select`: halves by the same coarse scores, ties as ``torch.topk``
-    breaks them. Distances come from the differences as there, but by one fused norm instead of a square and a sum,
-    which made a third of the addressing's time; sums of scores that are equal to the last bits may rank otherwise.
+    breaks them. ``dot`` scores are those coarse scores. So are distances where none is so short that it cancels, see
+    :func:`_far_distances`; else they come from the differences as in ``select``, but by one fused norm instead of a
+    square and a sum. Sums of scores that are equal to the last bits may rank otherwise.
     """
     n_halves, n_subkeys, _ = keys.shape
-    chosen = best_subkeys(halves, keys, options.top_k, options.score)
+    coarse, chosen = best_subkeys(halves, keys, options.top_k, options.score)
     codes = chosen.add_(torch.arange(0, n_halves * n_subkeys, n_subkeys, device=keys.device).view(-1, 1, 1))
-    found = differences(halves, keys, codes, options, room)
-    inverse = None
+    found = inverse = None
     if options.score == "idw":
-        inverse = torch.linalg.vector_norm(found, dim=-1).square_().add_(IDW_EPS).reciprocal_()
+        distances = _far_distances(halves, keys, coarse)
+        if distances is None:
+            found = differences(halves, keys, codes, options, room)
+            distances = torch.linalg.vector_norm(found, dim=-1).square_()
+        inverse = distances.add_(IDW_EPS).reciprocal_()
         scores = inverse.log()
     else:
-        scores = torch.linalg.vecdot(halves.unsqueeze(2), found)
+        scores = coarse
     order = starts = None
     if is_grouped:
         # Every sub-key counts, also those that nobody accesses.
         in_order, order = stable_sort(codes.flatten())
         starts = torch.searchsorted(in_order, torch.arange(n_halves * n_subkeys, device=keys.device))
     return Addresses(keys, codes, order, starts, inverse, scores), found
+
+
+def _far_distances(halves: Tensor, keys: Tensor, coarse: Tensor) -> Tensor | None:
+    """Squared distances (A,S,k) as |q|^2 - 2 (<q,key> - |key|^2 / 2) from the coarse scores (A,S,k), if all are as
+    precise as from differences, up to a small factor: not shorter than a quarter of the longest |q|^2 + |key|^2.
+
+    That saves forming the differences (A,S,k,K/2), which takes as long as everything else of the addressing but the
+    product with all sub-keys. None otherwise; where they are few numbers; and off the CPU, where to decide would be to
+    wait for the device.
+    """
+    if coarse.device.type != "cpu" or coarse.numel() * keys.shape[-1] < MANY_DIFFERENCES:
+        return None
+    squares = torch.linalg.vector_norm(halves, dim=-1, keepdim=True).square_()
+    distances = torch.sub(squares, coarse, alpha=2)
+    longest = squares.amax() + torch.linalg.vector_norm(keys, dim=-1).amax().square()
+    # False for NaN.
+    return distances if bool(distances.amin() >= FAR * longest) else None
 
 
 def differences(halves: Tensor, keys: Tensor, codes: Tensor, options: ChunkOptions, room: Tensor) -> Tensor:
@@ -118,21 +145,27 @@ def neg_entropy(mean: Tensor) -> Tensor:
     return (mean * torch.log(mean + ENTROPY_EPS)).sum()
 
 
-def key_step(halves: Tensor, at: Addresses, use: Use, found: Tensor, options: ChunkOptions) -> Tensor:
-    """keys - lr * gradient after a chunk (A,n,K/2), for its differences ``found``."""
+def key_step(halves: Tensor, at: Addresses, use: Use, found: Tensor | None, options: ChunkOptions) -> Tensor:
+    """keys - lr * gradient after a chunk (A,n,K/2), for its differences ``found``, if they were formed."""
     rows, factor = _gradient_rows(halves, at, use, found)
     if options.clip:
         return at.keys - options.lr * (factor * rows).clamp_(-1, 1).view(at.keys.shape)
     return torch.add(at.keys, rows.view(at.keys.shape), alpha=-options.lr * factor)
 
 
-def _gradient_rows(halves: Tensor, at: Addresses, use: Use, found: Tensor) -> tuple[Tensor, float]:
+def _gradient_rows(halves: Tensor, at: Addresses, use: Use, found: Tensor | None) -> tuple[Tensor, float]:
     """The step's gradient on the keys, as rows (A*n,K/2) and a factor."""
-    half_dim = found.shape[-1]
-    if at.inverse is not None:
-        # s = -log(eps + d), d = |key - q|^2: ds/dkey = -2 (key - q) / (eps + d).
-        return at.sums(found.view(-1, half_dim), use.on_scores * at.inverse), -2.0
-    return at.sums(halves.reshape(-1, half_dim), use.on_scores, at.codes.shape[-1]), 1.0
+    half_dim, n_read = halves.shape[-1], at.codes.shape[-1]
+    queries = halves.reshape(-1, half_dim)
+    if at.inverse is None:
+        return at.sums(queries, use.on_scores, n_read), 1.0
+    # s = -log(eps + d), d = |key - q|^2: ds/dkey = -2 (key - q) / (eps + d).
+    weights = use.on_scores * at.inverse
+    if found is not None:
+        return at.sums(found.view(-1, half_dim), weights), -2.0
+    # Far from each other, key and q leave a difference as precise if they are summed apart.
+    on_keys = at.sums(weights.view(-1, 1), None)
+    return at.sums(queries, weights, n_read).addcmul_(at.keys.view(-1, half_dim), on_keys, value=-1), 2.0
 
 
 def key_step_backward(
@@ -230,12 +263,12 @@ def choose(chunks: list[Addresses], n_memories: int, options: ChunkOptions) -> C
     n_halves, n_subkeys, _ = chunks[0].keys.shape
     top_k = options.top_k
     by_half = (len(chunks), n_memories, n_halves // (2 * n_memories), 2, -1, top_k)
-    scores = torch.stack([at.scores for at in chunks]).view(by_half)
-    subkeys = torch.stack([at.codes for at in chunks]).view(by_half).remainder(n_subkeys)
-    sums = (scores[:, :, :, 0, :, :, None] + scores[:, :, :, 1, :, None, :]).flatten(-2)
+    scores1, scores2 = torch.stack([at.scores for at in chunks]).view(by_half).unbind(3)
+    subkeys1, subkeys2 = torch.stack([at.codes for at in chunks]).view(by_half).remainder_(n_subkeys).unbind(3)
+    sums = (scores1.unsqueeze(-1) + scores2.unsqueeze(-2)).flatten(-2)
     best, pairs = sums.topk(top_k, dim=-1)
     first, second = _positions(pairs, top_k)
-    slots = torch.add(subkeys[:, :, :, 1].gather(-1, second), subkeys[:, :, :, 0].gather(-1, first), alpha=n_subkeys)
+    slots = torch.add(subkeys2.gather(-1, second), subkeys1.gather(-1, first), alpha=n_subkeys)
     weights = torch.softmax(_by_token(best) / options.temperature, dim=-1)
     return Choice(pairs, _by_token(slots), weights)
 

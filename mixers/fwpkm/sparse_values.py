@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mixers.fwpkm.sparse_keys import softmax_backward
 from mixers.fwpkm.sparse_rows import bag_sums, dots, gather_dot, gather_sum
-from mixers.fwpkm.touched_rows import Plan, Span
+from mixers.fwpkm.touched_rows import Block, Plan, Span
 
 
 class Shares(NamedTuple):
@@ -27,11 +27,11 @@ class Shares(NamedTuple):
     factors: Tensor
 
 
-def row_changes(error: Tensor, shares: Shares, plan: Plan, span: Span, lr: float, clip: bool) -> Tensor:
-    """What a chunk adds to its rows (U,V); error (S,V), zero for tokens that write nothing."""
-    here = slice(span.entry, span.entry_stop)
+def row_changes(error: Tensor, shares: Shares, plan: Plan, rows: Block | Span, lr: float, clip: bool) -> Tensor:
+    """What a chunk adds to its rows, or to a block of them (U,V); error (S,V), zero for tokens that write nothing."""
+    here = slice(rows.entry, rows.entry_stop)
     share = shares.weights[here] * shares.factors[here]
-    changes = bag_sums(error, plan.token[here], plan.starts[span.row : span.row_stop], share)
+    changes = bag_sums(error, plan.token[here], plan.starts[rows.row : rows.row_stop] - rows.entry, share)
     return changes.clamp_(-lr, lr) if clip else changes
 
 
@@ -131,5 +131,5 @@ def value_loss_on_pairs_backward(
     d_weights = d_pairs * (on_weights - (weights * on_weights).sum(-1, keepdim=True)) - on_weights * mean
     here = slice(span.entry, span.entry_stop)
     in_order = d_on_weights.flatten().index_select(0, plan.order[here] - span.entry)
-    d_before = bag_sums(error, plan.token[here], plan.starts[span.row : span.row_stop], in_order)
+    d_before = bag_sums(error, plan.token[here], plan.starts[span.row : span.row_stop] - span.entry, in_order)
     return d_before, gather_sum(before, index, d_on_weights), d_weights

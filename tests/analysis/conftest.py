@@ -22,6 +22,8 @@ from tests.analysis.browser import LIMIT_S
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 CHROMIUM = "/usr/bin/chromium"
+# for whoever looks for a test that races: pages whose processor is so many times slower
+SLOWDOWN = float(os.environ.get("MIXLAB_BROWSER_SLOWDOWN", "1"))
 CHROMIUM_ARGS = [
     "--headless",
     "--no-sandbox",
@@ -154,7 +156,6 @@ def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as started:
         chromium = started.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
-        # one context: its pages share a cache, and plotly.js is large
         context = chromium.new_context(viewport={"width": 1280, "height": 900})
         context.set_default_timeout(1000 * LIMIT_S)
         yield context
@@ -172,6 +173,8 @@ class Watched(NamedTuple):
 @pytest.fixture
 def watched(browser: Any) -> Iterator[Watched]:
     page = browser.new_page()
+    if SLOWDOWN > 1:
+        browser.new_cdp_session(page).send("Emulation.setCPUThrottlingRate", {"rate": SLOWDOWN})
     errors: list[str] = []
     requests: list[str] = []
     page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)

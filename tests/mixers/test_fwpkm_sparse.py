@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mixers.errors import UserError
-from mixers.fwpkm import fast_weight_pkm, sparse, sparse_rows, touched_rows
+from mixers.fwpkm import fast_weight_pkm, sparse, sparse_keys, sparse_rows, touched_rows
 from tests.mixers.test_fwpkm import draw
 
 
@@ -42,9 +42,10 @@ def test_codes_sorted_with_their_positions(n_codes: int) -> None:
 
 
 @pytest.mark.parametrize(("scope", "learned"), [("sequence", False), ("shared", False), ("shared", True)])
-def test_sizes_that_take_the_ways_of_large_calls(scope: str, learned: bool) -> None:
-    """As in ``test_fwpkm_random.py``, but large enough for huge pages, for numbers that hold code and position, and for
-    derivatives of only those rows that have one."""
+def test_sizes_that_take_the_ways_of_large_calls(scope: str, learned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in ``test_fwpkm_random.py``, but large enough for huge pages, for numbers that hold code and position, for
+    derivatives of only those rows that have one, and for several blocks of rows in a chunk, of new ones and others."""
+    monkeypatch.setattr(touched_rows, "BLOCK_BYTES", 99 * 176 * 8)
     x = draw(B=2, T=200, H=2, K=8, V=176, n=64)
     names = list(x) if learned else ["q", "v", "gate"]
     x = {name: tensor if name in names else tensor.detach() for name, tensor in x.items()}
@@ -59,3 +60,38 @@ def test_sizes_that_take_the_ways_of_large_calls(scope: str, learned: bool) -> N
     assert 2 * 48 * n_read * 2 >= sparse_rows.FEW_CODES
     for got, want in zip(*reversed(found), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("is_near", [False, True])
+@pytest.mark.parametrize("options", [{}, {"clip": True}, {"value_loss_to_keys": True}])
+def test_distances_are_as_precise_whether_keys_are_near(is_near: bool, options: dict, monkeypatch) -> None:
+    """Far from all keys, distances come from products, which cancel for near ones: results 100 times less precise."""
+    n_formed = 0
+    form = sparse_keys.differences
+
+    def differences(*arguments: object) -> torch.Tensor:
+        nonlocal n_formed
+        n_formed += 1
+        return form(*arguments)
+
+    monkeypatch.setattr(sparse_keys, "differences", differences)
+    monkeypatch.setattr(sparse_keys, "MANY_DIFFERENCES", 0)
+    x = {name: tensor.detach() for name, tensor in draw(T=64, H=1, K=256, V=12, n=20).items()}
+    for name in ("q", "keys"):
+        x[name] = 0.02 * x[name] + 1 / 16 if is_near else x[name] / 16
+    x = {name: tensor.float().double() for name, tensor in x.items()}
+    found = {}
+    for impl, dtype in (("reference", torch.float64), ("reference", torch.float32), ("sparse", torch.float32)):
+        mine = {name: tensor.to(dtype).requires_grad_() for name, tensor in x.items()}
+        out = fast_weight_pkm(**mine, chunk_size=16, top_k=4, impl=impl, **options)
+        if impl == "sparse":
+            assert n_formed == (4 if is_near else 0)
+        wanted = [out.read, out.keys, out.weights.sort(-1).values]
+        grads = torch.autograd.grad(out.read.square().sum(), [mine[name] for name in ("q", "v", "keys")])
+        found[impl, dtype] = [*wanted, *grads]
+    exact, plain, sparsely = found.values()
+    for want, own, got in zip(exact, plain, sparsely, strict=True):
+        largest = want.abs().max()
+        rounding = (own - want).abs().max() / largest
+        assert rounding < 1e-3
+        assert (got - want).abs().max() / largest <= max(8 * rounding, 1e-6)

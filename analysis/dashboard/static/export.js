@@ -1,12 +1,10 @@
 "use strict";
-// What is on screen as a file: the picture as PNG or SVG, the numbers behind it as CSV.
+// The numbers on screen as CSV, and what is a file for whoever looks at the page.
 
-mixlab.savePicture = function (host, format, name) {
-  return Plotly.downloadImage(host, { format, filename: name, width: host.clientWidth, height: host.clientHeight, scale: format === "png" ? 2 : 1 });
-};
+mixlab.saveText = (text, name, type) => mixlab.saveBlob(new Blob([text], { type }), name);
 
-mixlab.saveText = function (text, name, type) {
-  const link = mixlab.element("a", { href: URL.createObjectURL(new Blob([text], { type })), download: name });
+mixlab.saveBlob = function (blob, name) {
+  const link = mixlab.element("a", { href: URL.createObjectURL(blob), download: name });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 };

@@ -1,14 +1,15 @@
 "use strict";
 // What a scatter can't show: recall over difficulty, tuning curves, cost over T, quality by position, use of memory.
 
-// `found` as for drawFindings; drawn for the arms and cells shown. A section that is closed is drawn once it is opened.
+// `found` as for drawFindings; drawn for the arms and cells shown. A section that is closed is made once it is opened:
+// of many sweeps these are hundreds of panels.
 mixlab.drawFigures = function (host, found, shown) {
   const e = mixlab.element;
   const theme = mixlab.colors();
-  const arms = new Map(shown.model.arms.map((arm) => [arm.name, arm]));
+  const arms = new Map(shown.model.arms.map((arm) => [arm.name, { ...arm, color: mixlab.visible(arm.color) }]));
   const made = new Map([...host.children].map((details) => [details.dataset.name, details]));
   const few = shown.lines.length <= 60;
-  const sections = found.flatMap((one) => {
+  host.replaceChildren(...found.flatMap((one) => {
     const lines = shown.lines.filter((line) => line.sweep === one.sweep);
     const names = new Map(lines.map((line) => [line.armInSweep, line.arm]));
     const cells = [...new Set(lines.map((line) => line.cell))];
@@ -17,28 +18,34 @@ mixlab.drawFigures = function (host, found, shown) {
       ["capacity", "Recall over difficulty", mixlab.capacityPanels, 3], ["tuning-curves", "Tuning curves", mixlab.tuningPanels, 3],
       ["growth", "State over the context T", mixlab.growthPanels, 2], ["position", "Quality by position", mixlab.positionPanels, 3],
       ["memory", "Use of memory over training", mixlab.memoryPanels, 4],
-    ].map(([name, title, panelsOf, most]) => ({ name: `${one.sweep} ${name}`, title: found.length > 1 ? `${one.sweep}: ${title}` : title, most, ...panelsOf(about) }))
-      .filter((section) => section.panels.length > 0);
-  });
-  host.replaceChildren(...sections.map((section) => {
-    const details = made.get(section.name) ?? fresh(section);
-    made.delete(section.name);
-    const [, legend, plot, caption] = details.children;
-    legend.replaceChildren(...section.looks.map((arm) => e("span", {}, mixlab.swatch(arm), " ", arm.name)));
-    const nMore = section.panels.length - mixlab.MAX_PANELS;
-    caption.textContent = section.caption + (nMore > 0 ? ` ${nMore} more panels: choose cells or arms.` : "");
-    const draw = () => { if (details.open) mixlab.drawPanels(plot, section.panels.slice(0, mixlab.MAX_PANELS), section.most, theme); };
-    details.ontoggle = draw;
-    return details;
+    ].flatMap(([kind, title, panelsOf, most]) => section(`${one.sweep} ${kind}`, found.length > 1 ? `${one.sweep}: ${title}` : title, () => panelsOf(about), most));
   }));
-  for (const details of made.values()) Plotly.purge(details.children[2]);
+  for (const details of made.values()) mixlab.charts.clear(details.children[2]);
   for (const details of host.children) details.ontoggle();
 
-  function fresh(section) {
-    const details = e("details", { "data-name": section.name, class: "figure" }, e("summary", {}, section.title),
-      e("div", { class: "figure-legend quiet" }), e("div", { class: "figure-plot", role: "img", "aria-label": section.title }), e("p", { class: "quiet" }));
+  // [the section], or [] where there is nothing to show
+  function section(name, title, panelsOf, most) {
+    const known = made.get(name);
+    let content = known && !known.open ? null : panelsOf();
+    if (content?.panels.length === 0) return [];
+    const details = known ?? fresh(name, title, content);
+    made.delete(name);
+    details.ontoggle = () => { if (details.open) fill(details.children, content ??= panelsOf(), most); };
+    return [details];
+  }
+
+  function fill([, legend, plot, caption], { panels, looks, caption: text }, most) {
+    legend.replaceChildren(...looks.map((arm) => e("span", {}, mixlab.swatch(arm), " ", arm.name)));
+    const nMore = panels.length - mixlab.MAX_PANELS;
+    caption.textContent = panels.length === 0 ? "Nothing to show of these arms and cells." : text + (nMore > 0 ? ` ${nMore} more panels: choose cells or arms.` : "");
+    if (panels.length === 0) mixlab.charts.clear(plot); else mixlab.drawPanels(plot, panels.slice(0, mixlab.MAX_PANELS), most, theme);
+  }
+
+  function fresh(name, title, { panels }) {
+    const details = e("details", { "data-name": name, class: "figure" }, e("summary", {}, title),
+      e("div", { class: "figure-legend quiet" }), e("div", { class: "figure-plot", role: "figure", "aria-label": title }), e("p", { class: "quiet" }));
     // many panels below each other would hide what follows
-    details.open = few && (section.panels.length <= 6 || host.clientWidth >= 640);
+    details.open = few && (panels.length <= 6 || host.clientWidth >= 640);
     return details;
   }
 };

@@ -39,7 +39,7 @@ mixlab.afterPaint = function (act) {
   };
 };
 
-// plotly reads a small dialect of HTML in its texts: names of arms and settings must not be taken for it.
+// The texts of a chart are in a small dialect of HTML, plotly's: names of arms and settings must not be taken for it.
 mixlab.plotlyText = function (text) {
   return String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 };
@@ -54,22 +54,7 @@ mixlab.element = function (tag, attributes, ...children) {
   return made;
 };
 
-// The marker of an arm, drawn as in the plot.
+// The mark of an arm, drawn as in the plot.
 mixlab.swatch = function (arm) {
-  const shapes = {
-    circle: "M8 2a6 6 0 1 0 .01 0z", square: "M2.5 2.5h11v11h-11z", diamond: "M8 .8 15.2 8 8 15.2.8 8z",
-    "triangle-up": "M8 1.5 15 14H1z", "triangle-down": "M8 14.5 1 2h14z",
-    cross: "M6 2h4v4h4v4h-4v4H6v-4H2V6h4z", x: "M3.5 1 8 5.5 12.5 1 15 3.5 10.5 8 15 12.5 12.5 15 8 10.5 3.5 15 1 12.5 5.5 8 1 3.5z",
-    pentagon: "M8 1 15 6.2 12.3 14.5H3.7L1 6.2z", star: "M8 .8 9.9 6h5.3l-4.2 3.3 1.5 5.4L8 11.5l-4.5 3.2 1.5-5.4L.8 6h5.3z",
-  };
-  const space = "http://www.w3.org/2000/svg";
-  const svg = document.createElementNS(space, "svg");
-  svg.setAttribute("class", "swatch");
-  svg.setAttribute("viewBox", "0 0 16 16");
-  svg.setAttribute("aria-hidden", "true");
-  const path = document.createElementNS(space, "path");
-  path.setAttribute("d", shapes[arm.symbol] || shapes.circle);
-  path.setAttribute("fill", arm.color);
-  svg.append(path);
-  return svg;
+  return mixlab.svg("svg", { class: "swatch", viewBox: "0 0 16 16", "aria-hidden": "true", ...mixlab.markLook(arm.symbol, 12, mixlab.visible(arm.color), null) }, mixlab.markAt(8, 8, arm.symbol, 12));
 };

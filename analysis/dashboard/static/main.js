@@ -20,9 +20,7 @@
     drawFindings(shown);
   });
 
-  mixlab.theme(view, draw);
-  // plotly, which is large, comes last: the data are asked for before, and their table may be there first
-  if (!window.Plotly) document.addEventListener("DOMContentLoaded", draw);
+  mixlab.theme(view, () => { if (model !== null) fillLegend(); draw(); });
   new ResizeObserver(() => { if (byId("plot").clientWidth !== drawnWidth) draw(); }).observe(byId("plot"));
   addListeners();
   if (embedded !== null) {
@@ -103,12 +101,21 @@
     }
     for (const id of ["color", "facet"]) byId(id).onchange = () => { view.set({ [id]: byId(id).value }); draw(); };
     for (const id of ["intervals", "front", "seeds"]) byId(id).onchange = () => { view.set({ [id]: byId(id).checked }); draw(); };
-    for (const format of ["png", "svg"]) byId("save-" + format).onclick = () => mixlab.savePicture(byId("plot"), format, fileName());
+    for (const format of ["png", "svg"]) byId("save-" + format).onclick = () => mixlab.charts.save(byId("plot"), format, fileName(), shownKey());
     byId("save-csv").onclick = () => mixlab.saveText(mixlab.csv(selection()), fileName() + ".csv", "text/csv");
     byId("reset").onclick = () => { view.set(Object.fromEntries([...view.values.keys()].filter((name) => !["sweep", "theme"].includes(name)).map((name) => [name, null]))); embedded === null ? loadData() : (fillControls(), draw()); };
   }
 
   function fileName() { return ("mixlab-" + model.sweeps.map((sweep) => sweep.name).join("-")).replace(/[^\w.-]+/g, "_").slice(0, 100); }
+
+  // What the colours and marks of the lines on screen stand for.
+  function shownKey() {
+    const shown = selection(), names = new Set(shown.lines.map((line) => line.arm));
+    const arms = model.arms.filter((arm) => names.has(arm.name));
+    const ink = mixlab.colors().text;
+    return shown.look.key.length ? [...shown.look.key, ...arms.map((arm) => ({ label: arm.name, color: ink, symbol: arm.symbol }))]
+      : arms.map((arm) => ({ label: arm.name, color: mixlab.visible(arm.color), symbol: arm.symbol }));
+  }
 
   function fillControls() {
     const groups = [["factor/", "Varied setting"], ["cost/", "Cost"], ["report/", "Report split"], ["select/", "Select split"]];
@@ -153,8 +160,7 @@
   function fillLegend() {
     const names = model.arms.map((arm) => arm.name);
     const look = mixlab.look(model, grouping("color", "arm"));
-    const change = (now) => { keep("arm", names, now); fillLegend(); draw(); };
-    const shownArms = new Set(chosen("arm", names));
+    const change = (now) => { keep("arm", names, now); press(); draw(); };
     const tool = (text, label, choose) => {
       const made = mixlab.element("button", { type: "button", class: "tool", "aria-label": label }, text);
       made.addEventListener("click", () => change(choose()));
@@ -162,17 +168,23 @@
     };
     byId("legend").replaceChildren(...model.arms.map((arm) => {
       const swatch = mixlab.swatch(look.key.length ? { color: "currentColor", symbol: arm.symbol } : arm);
-      const button = mixlab.element("button", { type: "button", "aria-pressed": String(shownArms.has(arm.name)), title: arm.pattern }, swatch, mixlab.element("span", {}, arm.name));
+      const button = mixlab.element("button", { type: "button", title: arm.pattern }, swatch, mixlab.element("span", {}, arm.name));
       button.addEventListener("click", () => {
-        const now = new Set(shownArms);
+        const now = new Set(chosen("arm", names));
         if (!now.delete(arm.name)) now.add(arm.name);
         change(now);
-        [...byId("legend").querySelectorAll("button")].find((found) => found.title === arm.pattern && found.textContent === arm.name)?.focus();
       });
       return button;
     }));
+    press();
     byId("legend-tools").replaceChildren(tool("all", "Show all arms", () => new Set(names)), tool("none", "Hide all arms", () => new Set()));
     byId("key").replaceChildren(...look.key.map((entry) => mixlab.element("span", {}, mixlab.swatch(entry), " ", entry.label)));
+  }
+
+  // The buttons of the arms as the address has them.
+  function press() {
+    const names = model.arms.map((arm) => arm.name), shownArms = new Set(chosen("arm", names));
+    [...byId("legend").children].forEach((button, i) => button.setAttribute("aria-pressed", String(shownArms.has(names[i]))));
   }
 
   function grouping(name, otherwise) {
@@ -230,7 +242,7 @@
     if (found === null) return;
     mixlab.drawFindings(byId("findings"), found, shown);
     // curves do not hang on the axes: a report has them for any
-    if (window.Plotly) mixlab.drawFigures(byId("figures"), embedded === null ? found : [source.curves(shown.model.sweeps[0].name)], shown);
+    mixlab.drawFigures(byId("figures"), embedded === null ? found : [source.curves(shown.model.sweeps[0].name)], shown);
   }
 
   async function pick(arm, cell, sweep) {
@@ -248,7 +260,7 @@
     for (const id of ["xlog", "ylog", "intervals", "front", "seeds"]) byId(id).checked = shown[id];
     if (byId("key").dataset.by !== shown.color.name) { byId("key").dataset.by = shown.color.name; fillLegend(); }
     drawnWidth = byId("plot").clientWidth;
-    const nLeftOut = window.Plotly ? mixlab.drawPlot(byId("plot"), shown, pick) : 0;
+    const nLeftOut = mixlab.drawPlot(byId("plot"), shown, pick);
     const nMore = shown.allPanels.length - shown.panels.length;
     const told = [];
     if (nMore > 0) told.push(`${nMore} more panels: choose cells, or another grouping.`);

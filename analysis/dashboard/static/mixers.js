@@ -8,13 +8,13 @@
   const name = view.get("name", null);
   let data = null;
   let drawnWidth = 0;
+  let key = []; // what the colours of the plot stand for
 
   mixlab.theme(view, draw);
-  document.addEventListener("DOMContentLoaded", draw); // plotly comes last
   new ResizeObserver(() => { if (byId("plot").clientWidth !== drawnWidth) draw(); }).observe(byId("plot"));
   byId("controls").onsubmit = (event) => event.preventDefault();
   for (const id of ["x", "y"]) byId(id).onchange = () => { view.set({ [id]: byId(id).value }); draw(); };
-  for (const format of ["png", "svg"]) byId("save-" + format).onclick = () => mixlab.savePicture(byId("plot"), format, ("mixlab-" + name).replace(/[^\w.-]+/g, "_"));
+  for (const format of ["png", "svg"]) byId("save-" + format).onclick = () => mixlab.charts.save(byId("plot"), format, ("mixlab-" + name).replace(/[^\w.-]+/g, "_"), key);
   const fail = (text) => { byId("status").textContent = text; byId("status").className = text ? "error" : ""; };
   if (name === null) mixlab.watch("mixers/data", takeAll, fail);
   else mixlab.watch("mixers/data?name=" + encodeURIComponent(name), take, fail);
@@ -77,7 +77,7 @@
   }
 
   function draw() {
-    if (data === null || !window.Plotly) return;
+    if (data === null) return;
     const all = axes();
     const named = (id, otherwise) => all.find((axis) => axis.name === view.get(id)) ?? all.find((axis) => axis.name === otherwise) ?? all[0];
     const x = named("x", all.some((axis) => axis.name === "cost/state_context_tokens") && !all.some((axis) => axis.name.startsWith("factor/")) ? "cost/state_context_tokens" : all[0].name);
@@ -89,7 +89,8 @@
       arms: [...new Map(data.sweeps.flatMap((sweep) => sweep.arms).map((arm, i) => [arm.name, { ...arm, symbol: mixlab.SYMBOLS[i % mixlab.SYMBOLS.length] }])).values()],
     };
     const look = mixlab.look(model, { name: "sweep", of: (line) => line.sweep });
-    byId("key").replaceChildren(...look.key.map((entry) => e("span", {}, mixlab.swatch(entry), " ", entry.label)));
+    key = look.key;
+    byId("key").replaceChildren(...key.map((entry) => e("span", {}, mixlab.swatch(entry), " ", entry.label)));
     drawnWidth = byId("plot").clientWidth;
     const panels = [{ title: "", lines: model.lines, single: false }];
     const nLeftOut = mixlab.drawPlot(byId("plot"), { model, panels, x, y, xlog: x.log, ylog: y.log, look, seedRuns: null, intervals: true, front: false }, (arm, cell, sweep) => {
@@ -106,7 +107,7 @@
 
   function drawBench() {
     const { rows, growth } = data.bench;
-    byId("bench-controls").hidden = byId("bench-plot").hidden = rows.length === 0;
+    byId("bench-controls").hidden = byId("bench-plot").hidden = byId("bench-key").hidden = rows.length === 0;
     if (rows.length === 0) {
       return byId("bench").replaceChildren(e("p", {}, "No measurement is recorded. To make one, with RUNS the folder of the runs of this server: ",
         e("code", {}, `mixlab bench mixers ${data.name} --json RUNS/bench/${data.name}.json`)));
@@ -164,14 +165,14 @@
       found.sort((a, b) => a.tokens - b.tokens);
       return {
         type: "scatter", mode: "lines+markers", name: mixlab.plotlyText(name), x: found.map((row) => xs.place(row.tokens)), y: found.map((row) => ys.place(row[field])),
-        marker: { color: mixlab.COLORS[i % 8], symbol: mixlab.SYMBOLS[i % 9], size: 9 }, line: { color: mixlab.COLORS[i % 8], width: 1.8 },
+        marker: { color: mixlab.visible(mixlab.COLORS[i % 8]), symbol: mixlab.SYMBOLS[i % 9], size: 9 }, line: { color: mixlab.visible(mixlab.COLORS[i % 8]), width: 1.8 },
         text: found.map((row) => `<b>${mixlab.plotlyText(name)}</b><br>${row.tokens} tokens: ${mixlab.human(row[field], unit)}`), hovertemplate: "%{text}<extra></extra>",
       };
     });
-    Plotly.react(byId("bench-plot"), traces, {
-      paper_bgcolor: theme.page, plot_bgcolor: theme.page, font: { color: theme.text, size: 13 }, height: 380, margin: { l: 64, r: 16, t: 10, b: 56 }, xaxis: xs.layout, yaxis: ys.layout,
-      showlegend: traces.length > 1, legend: { orientation: "h", y: -0.25 }, hoverlabel: { align: "left", bgcolor: theme.page, bordercolor: theme.quiet, font: { color: theme.text } },
-    }, { responsive: true, displaylogo: false, displayModeBar: false });
+    byId("bench-key").replaceChildren(...traces.map((trace, i) => e("span", {}, mixlab.swatch({ color: mixlab.COLORS[i % 8], symbol: trace.marker.symbol }), " ", [...series.keys()][i])));
+    mixlab.charts.draw(byId("bench-plot"), traces, {
+      paper_bgcolor: theme.page, font: mixlab.font(theme, 13), height: 380, margin: { t: 10 }, xaxis: xs.layout, yaxis: ys.layout,
+    });
     byId("bench-plot").setAttribute("aria-label", `${label} against context, listed below`);
   }
 

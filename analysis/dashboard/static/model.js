@@ -14,7 +14,6 @@ mixlab.mixers = function (pattern) {
 // {sweeps, arms, cells, lines, axes, factors, references, notes}; an arm has the same name in every sweep that has it
 // with the same pattern, else its sweep is part of its name.
 mixlab.merge = function (payloads) {
-  const isMany = payloads.length > 1;
   const patterns = new Map();
   for (const p of payloads) for (const arm of p.sweep.arms) patterns.set(arm.name, (patterns.get(arm.name) ?? new Set()).add(arm.pattern));
   const nameOf = (p, arm) => (patterns.get(arm).size > 1 ? `${arm} (${p.sweep.name})` : arm);
@@ -50,9 +49,17 @@ mixlab.merge = function (payloads) {
     arms: [...arms.values()], cells: [...cells.values()], axes: [...axes.values()], lines, factors,
     x: payloads[0].x, y: payloads[0].y,
     references: payloads.flatMap((p) => p.references.map((r) => ({ ...r, sweep: p.sweep.name }))),
-    notes: payloads.flatMap((p) => p.notes.map((n) => (isMany ? { ...n, title: `${p.sweep.name}: ${n.title}` } : n))),
+    notes: notes(),
     tags: union(payloads.map((p) => p.tags ?? {})), payloads,
   };
+
+  // What is said of every sweep is said once.
+  function notes() {
+    const said = new Map();
+    for (const p of payloads) for (const note of p.notes) said.set(JSON.stringify(note), [...(said.get(JSON.stringify(note)) ?? []), p.sweep.name]);
+    return [...said].map(([text, sweeps]) => [JSON.parse(text), sweeps])
+      .map(([note, sweeps]) => (sweeps.length === payloads.length ? note : { ...note, title: `${sweeps.join(", ")}: ${note.title}` }));
+  }
 
   function union(all) {
     const found = new Map();
@@ -75,13 +82,15 @@ mixlab.groupings = function (model) {
 // The look of every line: as its arm has it, or coloured by another grouping with its arm's marker.
 mixlab.look = function (model, by) {
   const arms = new Map(model.arms.map((arm) => [arm.name, arm]));
-  if (by.name === "arm") return { of: (line) => arms.get(line.arm), key: [] };
+  if (by.name === "arm") return { of: (line) => seen(arms.get(line.arm)), key: [] };
   const keys = [...new Set(model.lines.map(by.of))];
-  const colors = new Map(keys.map((key, i) => [key, mixlab.COLORS[i % mixlab.COLORS.length]]));
+  const colors = new Map(keys.map((key, i) => [key, mixlab.visible(mixlab.COLORS[i % mixlab.COLORS.length])]));
   return {
     of: (line) => ({ color: colors.get(by.of(line)), symbol: arms.get(line.arm).symbol }),
     key: keys.map((label) => ({ label, color: colors.get(label), symbol: "circle" })),
   };
+
+  function seen(arm) { return { ...arm, color: mixlab.visible(arm.color) }; }
 };
 
 // Panels {title, lines, single}: a group of lines each. Across a varied factor, cells that differ only in it share one.

@@ -9,8 +9,8 @@ mixlab.drawPanels = function (host, panels, most, theme) {
   const rows = Math.ceil(panels.length / columns);
   const height = rows * (columns > 1 ? 300 : 260) + 30;
   const layout = {
-    paper_bgcolor: theme.page, plot_bgcolor: theme.page, font: { color: theme.text, size: 12, family: 'system-ui, "Segoe UI", sans-serif' },
-    showlegend: false, width, height, margin: { l: 58, r: 18, t: 34, b: 50 }, hovermode: "closest", shapes: [], annotations: [],
+    paper_bgcolor: theme.page, plot_bgcolor: theme.page, font: mixlab.font(theme, 12),
+    showlegend: false, width, height, margin: { l: 58, r: 18, t: panels.some((panel) => panel.title) ? 34 : 14, b: 50 }, hovermode: "closest", shapes: [], annotations: [],
     hoverlabel: { align: "left", bgcolor: theme.page, bordercolor: theme.quiet, font: { color: theme.text } },
   };
   if (panels.length > 1) layout.grid = { rows, columns, pattern: "independent", xgap: 0.22, ygap: 100 / (height / rows) };
@@ -28,7 +28,7 @@ mixlab.drawPanels = function (host, panels, most, theme) {
     });
     traces.push(...panel.traces.map((trace) => ({ cliponaxis: false, hovertemplate: "%{text}<extra></extra>", ...trace, xaxis: "x" + suffix, yaxis: "y" + suffix })));
   });
-  return Plotly.react(host, traces, layout, { responsive: false, displaylogo: false, displayModeBar: false });
+  mixlab.charts.draw(host, traces, layout);
 };
 
 // A level across a panel, named at its right end.

@@ -1,12 +1,21 @@
 "use strict";
 // The plot: a panel per group of lines, a mark per line (an arm in a cell of a sweep), its interval, the Pareto fronts.
 
-// The colours of the page, which plotly must be told.
-mixlab.colors = function () {
-  const style = getComputedStyle(document.documentElement);
-  const value = (name) => style.getPropertyValue(name).trim();
-  return { page: value("--page"), text: value("--text"), quiet: value("--quiet"), grid: value("--line") };
-};
+// The colours of the page, which a chart must be told.
+mixlab.colors = (function () {
+  const known = new Map(); // by theme: asking for a style makes the browser lay out what has changed
+  return function () {
+    const { theme } = document.documentElement.dataset;
+    if (!known.has(theme)) {
+      const style = getComputedStyle(document.documentElement);
+      const value = (name) => style.getPropertyValue(name).trim();
+      known.set(theme, { page: value("--page"), text: value("--text"), quiet: value("--quiet"), grid: value("--line") });
+    }
+    return known.get(theme);
+  };
+})();
+
+mixlab.font = (theme, size) => ({ color: theme.text, size, family: 'system-ui, "Segoe UI", sans-serif' });
 
 // `shown` = {model, lines, panels, x, y (axes), xlog, ylog, look, seedRuns (or null), intervals, front}. Returns how
 // many lines have no place on these axes.
@@ -25,8 +34,8 @@ mixlab.drawPlot = function (host, shown, onPick) {
   const ys = mixlab.scale(y, every(y, "y"), shown.ylog, theme, false, 8);
   const panelHeight = panels.length === 1 ? (width < 640 ? 360 : 460) : 330;
   const layout = {
-    paper_bgcolor: theme.page, plot_bgcolor: theme.page, font: { color: theme.text, size: 13, family: 'system-ui, "Segoe UI", sans-serif' }, showlegend: false,
-    height: rows * panelHeight + 40, margin: { l: 64, r: 16, t: 34, b: 56 }, hovermode: "closest",
+    paper_bgcolor: theme.page, plot_bgcolor: theme.page, font: mixlab.font(theme, 13), showlegend: false,
+    height: rows * panelHeight + 40, margin: { l: 64, r: 16, t: panels.some((panel) => panel.title) ? 34 : 14, b: 56 }, hovermode: "closest",
     hoverlabel: { align: "left", bgcolor: theme.page, bordercolor: theme.quiet, font: { color: theme.text } },
     annotations: [], shapes: [],
   };
@@ -35,13 +44,7 @@ mixlab.drawPlot = function (host, shown, onPick) {
   let nLeftOut = 0;
   panels.forEach(drawPanel);
 
-  const config = { responsive: false, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "toImage"], displayModeBar: width >= 640 ? "hover" : false };
-  // plotly draws the lines of panels that are new before it knows where they are
-  if (host.dataset.panels !== undefined && host.dataset.panels !== String(panels.length)) Plotly.purge(host);
-  host.dataset.panels = panels.length;
-  Plotly.react(host, traces, layout, config);
-  host.removeAllListeners("plotly_click");
-  host.on("plotly_click", (event) => { const picked = event.points[0]?.customdata; if (picked) onPick(...picked); });
+  mixlab.charts.draw(host, traces, layout, { onPick });
   return nLeftOut;
 
   function drawPanel(panel, index) {
@@ -71,7 +74,7 @@ mixlab.drawPlot = function (host, shown, onPick) {
       });
     }
     if (shown.front && panel.single) traces.push(...mixlab.fronts(panel.lines, x, y).map((front) => frontTrace(front, ids)));
-    // plotly draws the error bars of a trace in one colour: a trace for each
+    // the error bars of a trace have one colour: a trace for each
     for (const [color, lines] of grouped(panel.lines, (line) => shown.look.of(line).color)) {
       if (shown.seedRuns) traces.push(seedTrace(lines, color, ids));
       traces.push(meanTrace(lines, color, ids));
@@ -111,7 +114,7 @@ mixlab.drawPlot = function (host, shown, onPick) {
       x: placed.map((p) => p.px), y: placed.map((p) => p.py), customdata: placed.map((p) => (p.line ? [p.line.arm, p.line.cell, p.line.sweep] : null)), cliponaxis: false,
       marker: { color, symbol: placed.map((p) => (p.line ? shown.look.of(p.line).symbol : "circle")), size: placed.length > 150 ? 8 : 12, line: { color: theme.page, width: 1 } },
       line: { color, width: byFactor ? 1.8 : 0 }, error_y: bars(y, ys.place, "py"), error_x: bars(x, xs.place, "px"),
-      text: placed.map((p) => (p.line ? mixlab.hoverText(p.line, shown) : "")), hovertemplate: "%{text}<extra></extra>",
+      tell: (i) => (placed[i].line ? mixlab.hoverText(placed[i].line, shown) : ""), hovertemplate: "%{text}<extra></extra>",
     };
   }
 
@@ -122,7 +125,7 @@ mixlab.drawPlot = function (host, shown, onPick) {
       type: "scatter", mode: "markers", name: "seeds", ...ids, x: runs.map((p) => p.px), y: runs.map((p) => p.py),
       customdata: runs.map((p) => [p.line.arm, p.line.cell, p.line.sweep]),
       marker: { color, symbol: runs.map((p) => shown.look.of(p.line).symbol + "-open"), size: 7, opacity: 0.75 },
-      text: runs.map((p) => `<b>${mixlab.plotlyText(p.line.arm)}</b>, seed ${p.run.seed}<br>${mixlab.plotlyText(y.label)}: ${mixlab.human(p.run.y, y.unit)}`),
+      tell: (i) => `<b>${mixlab.plotlyText(runs[i].line.arm)}</b>, seed ${runs[i].run.seed}<br>${mixlab.plotlyText(y.label)}: ${mixlab.human(runs[i].run.y, y.unit)}`,
       hovertemplate: "%{text}<extra></extra>",
     };
   }

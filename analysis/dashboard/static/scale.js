@@ -19,7 +19,7 @@ mixlab.scale = function (axis, values, log, theme, isX, nTicks) {
     const layout = { ...base, type: "linear" };
     if (axis.unit === "bytes" || axis.unit === "count") layout.tickformat = "~s";
     if (axis.unit === "fraction" && !isX) layout.range = fractionRange(finite);
-    // plotly finds no range for panels that share an axis with nothing, or one value, on it
+    // there is no range to find for panels that share an axis with nothing, or one value, on it
     const [one] = finite;
     if (!layout.range && finite.every((value) => value === one)) layout.range = one === undefined ? [0, 1] : [one - Math.max(1, Math.abs(one)), one + Math.max(1, Math.abs(one))];
     if (axis.name.startsWith("factor/")) Object.assign(layout, { tickmode: "array", tickvals: [...new Set(finite)] });

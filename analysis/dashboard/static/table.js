@@ -41,7 +41,7 @@ mixlab.drawTable = function (table, shown, onPick) {
     name.addEventListener("click", (event) => { event.preventDefault(); onPick(line.arm, line.cell, line.sweep); });
     return e("tr", { "data-arm": line.arm, "data-cell": line.cell, "data-sweep": line.sweep },
       e("td", { class: "front", ...(isOnFront ? { title: "on the Pareto front" } : {}) }, isOnFront ? "●" : ""),
-      e("td", { class: "arm" }, e("span", {}, mixlab.swatch(shown.look.of(line)), " ", name)),
+      e("td", { class: "arm" }, e("span", {}, mixlab.swatch(shown.look.of(line)), name)),
       e("td", {}, mixlab.spread(line.metrics[y.name] ?? (y.name.startsWith("cost/") && mixlab.valueOf(line, y.name) !== null ? { mean: mixlab.valueOf(line, y.name), high: null } : null))),
       e("td", {}, `${line.n_seeds}/${line.n_planned}`),
       ...mixlab.COSTS.map(([cost]) => e("td", {}, mixlab.human(line.cost[cost], axes.get("cost/" + cost)?.unit))),
