@@ -323,6 +323,9 @@ class FastWeightPKM(Mixer):
         pairs = None if mask is None else _pair_mask(mask, c.lookahead)
         advance = self._advance_rows if self._keeps_rows else self._advance_tables
         read, slots, state, losses = advance(q, v, gate, pairs, state, n_waiting, n_written)
+        if return_state and n_written:
+            codes, rows = in_code_order(state.codes, state.rows)
+            state = state._replace(codes=codes, rows=rows)
 
         def waiting(x: Tensor | None) -> Tensor | None:
             # Copies: views would keep all of the call's projections alive as long as the state.
@@ -342,7 +345,8 @@ class FastWeightPKM(Mixer):
         n_waiting: int,
         n_written: int,
     ) -> tuple[Tensor, Tensor, FastWeightState, dict[str, Tensor]]:
-        """Read all but the first ``n_waiting`` tokens, write the first ``n_written``, on the rows that they touch."""
+        """Read all but the first ``n_waiting`` tokens, write the first ``n_written``, on the rows that they touch:
+        the state's rows come in the order in which they were met."""
         # The queue was read when it came; it takes part again only in a chunk that is written.
         first = 0 if n_written else n_waiting
         tokens = slice(first, None)
@@ -360,8 +364,7 @@ class FastWeightPKM(Mixer):
         )
         losses = {}
         if n_written:
-            codes, rows = in_code_order(out.codes, out.rows)
-            state = state._replace(keys=out.keys, codes=codes, rows=rows)
+            state = state._replace(keys=out.keys, codes=out.codes, rows=out.rows)
             losses = {"value_loss": out.value_loss, "address_loss": out.address_loss}
         new = slice(n_waiting - first, None)
         slots = out.slots[:, new].unflatten(-1, (self.config.n_heads, self.config.top_k))

@@ -145,7 +145,8 @@ class _SparseChunks(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         call = _Call(q, v, gate, mask, keys.shape, n_written, options)
         if n_written:
-            table = TouchedRows(base, call.n_memories, codes, rows, q.shape[0] * q.shape[1] * call.n_read)
+            n_writing, n_accesses = (q.shape[0] * n * call.n_read for n in (n_written, q.shape[1]))
+            table = TouchedRows(base, call.n_memories, codes, rows, n_writing, n_accesses)
         else:
             table = UntouchedRows(base, codes, rows)
         now = keys.reshape(-1, *keys.shape[-2:])
@@ -174,10 +175,9 @@ class _SparseChunks(torch.autograd.Function):
             shares = Shares(all_a.index_select(0, plan.order), factors.index_select(0, plan.order))
             for i, (part, is_written) in enumerate(parts):
                 span = spans[i]
-                old = table.enter(plan, span, keep)
-                on_tokens = table.sums(plan, span, a[i])
+                old_rows.append(table.kept(plan, span) if keep else None)
+                on_tokens = (table.read if is_written else table.read_only)(plan, span, a[i])
                 reads.append(on_tokens.view(q.shape[0], -1, v.shape[-1]))
-                old_rows.append(old)
                 if not is_written:
                     continue
                 n_met = span.new_stop

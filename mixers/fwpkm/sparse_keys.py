@@ -21,6 +21,8 @@ from mixers.product_keys import IDW_EPS, best_subkeys
 
 # Of |q|^2 + |key|^2: a squared distance from here on has lost two bits to cancellation, a difference one.
 FAR = 0.25
+# Fewer numbers than these are formed in the time that it takes to call the operations that would spare them.
+MANY_DIFFERENCES = 2**18
 
 
 class Addresses(NamedTuple):
@@ -106,9 +108,10 @@ def _far_distances(halves: Tensor, keys: Tensor, coarse: Tensor) -> Tensor | Non
     precise as from differences, up to a small factor: not shorter than a quarter of the longest |q|^2 + |key|^2.
 
     That saves forming the differences (A,S,k,K/2), which takes as long as everything else of the addressing but the
-    product with all sub-keys. None otherwise, and off the CPU, where to decide would be to wait for the device.
+    product with all sub-keys. None otherwise; where they are few numbers; and off the CPU, where to decide would be to
+    wait for the device.
     """
-    if coarse.device.type != "cpu" or not coarse.numel():
+    if coarse.device.type != "cpu" or coarse.numel() * keys.shape[-1] < MANY_DIFFERENCES:
         return None
     squares = torch.linalg.vector_norm(halves, dim=-1, keepdim=True).square_()
     distances = torch.sub(squares, coarse, alpha=2)
@@ -260,12 +263,12 @@ def choose(chunks: list[Addresses], n_memories: int, options: ChunkOptions) -> C
     n_halves, n_subkeys, _ = chunks[0].keys.shape
     top_k = options.top_k
     by_half = (len(chunks), n_memories, n_halves // (2 * n_memories), 2, -1, top_k)
-    scores = torch.stack([at.scores for at in chunks]).view(by_half)
-    subkeys = torch.stack([at.codes for at in chunks]).view(by_half).remainder(n_subkeys)
-    sums = (scores[:, :, :, 0, :, :, None] + scores[:, :, :, 1, :, None, :]).flatten(-2)
+    scores1, scores2 = torch.stack([at.scores for at in chunks]).view(by_half).unbind(3)
+    subkeys1, subkeys2 = torch.stack([at.codes for at in chunks]).view(by_half).remainder_(n_subkeys).unbind(3)
+    sums = (scores1.unsqueeze(-1) + scores2.unsqueeze(-2)).flatten(-2)
     best, pairs = sums.topk(top_k, dim=-1)
     first, second = _positions(pairs, top_k)
-    slots = torch.add(subkeys[:, :, :, 1].gather(-1, second), subkeys[:, :, :, 0].gather(-1, first), alpha=n_subkeys)
+    slots = torch.add(subkeys2.gather(-1, second), subkeys1.gather(-1, first), alpha=n_subkeys)
     weights = torch.softmax(_by_token(best) / options.temperature, dim=-1)
     return Choice(pairs, _by_token(slots), weights)
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixers.fwpkm.sparse_rows import first_of_runs, gather_sum, stable_sort
+from mixers.fwpkm.sparse_rows import bag_sums, first_of_runs, gather_sum, stable_sort
 
 LARGE_BYTES = 8 * 2**20
 BLOCK_BYTES = 2 * 2**20
@@ -60,8 +60,8 @@ class Plan(NamedTuple):
 
 
 def plan(codes: Tensor, n_each: list[int], n_read: int, known: Tensor) -> tuple[Plan, list[Span]]:
-    """The plan of chunks with ``n_each`` accesses, ``n_read`` per token: codes (E,) of the accesses, known (U,) of the
-    rows met before, at places 0..U-1. Two stable sorts, for all chunks at once."""
+    """The plan of chunks with ``n_each`` accesses, as many in all but the last, and ``n_read`` per token: codes (E,) of
+    the accesses, known (U,) of the rows met before, at places 0..U-1. Two stable sorts, for all chunks at once."""
     n_known, n_chunks = known.numel(), len(n_each)
     chunk = _chunk_ids(n_each, codes)
     in_order, order = stable_sort(torch.cat([known, codes]) if n_known else codes)
@@ -100,8 +100,8 @@ def plan_reads(codes: Tensor, n_read: int, known: Tensor) -> tuple[Plan, list[Sp
 
 
 def _chunk_ids(n_each: list[int], like: Tensor) -> Tensor:
-    """(E,): the chunk of each access."""
-    return torch.repeat_interleave(torch.tensor(n_each, device=like.device), output_size=like.numel())
+    """(E,): the chunk of each access. All chunks but the last are equally long."""
+    return torch.arange(like.numel(), device=like.device).div_(n_each[0], rounding_mode="floor")
 
 
 def _group(
@@ -114,7 +114,6 @@ def _group(
     starts = is_first.nonzero().squeeze(1)
     index = torch.empty_like(order).scatter_(0, order, is_first.cumsum(0).sub_(1))
     # The order is chunk by chunk, so an entry's chunk is the same before and after.
-    chunk_starts = torch.tensor(entries[:-1], device=places.device)
     chunk_of_row = chunk.index_select(0, starts)
     all_starts = torch.cat([starts, starts.new_full((1,), n_entries)])
     n_rows = torch.bincount(chunk_of_row, minlength=n_chunks)
@@ -123,7 +122,7 @@ def _group(
     made = Plan(
         places,
         order,
-        (order - chunk_starts.index_select(0, chunk)).div_(n_read, rounding_mode="floor"),
+        (order % n_each[0]).div_(n_read, rounding_mode="floor"),
         index,
         places.index_select(0, order.index_select(0, starts)),
         starts,
@@ -171,14 +170,19 @@ def blocks(made: Plan, span: Span, row_bytes: int) -> Iterator[Block]:
 class TouchedRows:
     """The rows that one call touches, at their places: a private copy, written in place.
 
-    base: (1 or M,N,V), never written. codes (U,) ascending and rows (U,V): what differs from it already. For each
-    chunk of a plan, in turn: ``enter``, ``sums``, and if it writes, ``add`` for its :func:`blocks`.
+    base: (1 or M,N,V), never written. codes (U,) ascending and rows (U,V): what differs from it already. n_accesses: of
+    the call, n_writing of them of chunks that write. For each of these, in turn: ``read``, and ``add`` for its
+    :func:`blocks`; then ``read_only``.
     """
 
-    def __init__(self, base: Tensor, n_memories: int, codes: Tensor, rows: Tensor, n_accesses: int) -> None:
+    def __init__(
+        self, base: Tensor, n_memories: int, codes: Tensor, rows: Tensor, n_writing: int, n_accesses: int
+    ) -> None:
         self.base = base.flatten(0, 1)
         self.codes = codes
         n_given = codes.numel()
+        if n_accesses * rows.shape[1] * rows.element_size() >= LARGE_BYTES:
+            n_accesses = n_writing
         self.table = _room_for(min(n_given + n_accesses, n_memories * base.shape[1]), rows)
         self.table[:n_given] = rows
 
@@ -188,15 +192,31 @@ class TouchedRows:
         self.codes = torch.cat([self.codes, made.new_codes])
         return made, spans
 
-    def enter(self, made: Plan, span: Span, keep: bool) -> Tensor | None:
-        """Take in the rows that a chunk meets first. If ``keep``, return a copy of the others that it touches, (U,V)."""
+    def kept(self, made: Plan, span: Span) -> Tensor:
+        """A copy of the rows that a chunk touches and that were met before it, (U,V)."""
+        return self.table.index_select(0, made.rows[span.row : span.row_new])
+
+    def read(self, made: Plan, span: Span, weights: Tensor) -> Tensor:
+        """What tokens with ``weights`` (S,J) read (S,V), after the rows that their chunk meets first have come in."""
         new = self.table[span.new : span.new_stop]
         torch.index_select(self.base, 0, base_rows(self.codes[span.new : span.new_stop], self.base), out=new)
-        return self.table.index_select(0, made.rows[span.row : span.row_new]) if keep else None
-
-    def sums(self, made: Plan, span: Span, weights: Tensor) -> Tensor:
-        """What tokens with ``weights`` (S,J) read: (S,V)."""
         return gather_sum(self.table, made.places[span.entry : span.entry_stop].view(weights.shape), weights)
+
+    def read_only(self, made: Plan, span: Span, weights: Tensor) -> Tensor:
+        """The same for a last chunk that does not write: large rows that it meets first are read where they stand."""
+        if self.table.shape[0] >= span.new_stop:
+            return self.read(made, span, weights)
+        places = made.places[span.entry : span.entry_stop]
+        is_new = places >= span.new
+        new, known = is_new.nonzero().squeeze(1), is_new.logical_not().nonzero().squeeze(1)
+        n_new = is_new.view(weights.shape).sum(1)
+        first_new = n_new.cumsum(0).sub_(n_new)
+        first_known = torch.arange(0, places.numel(), weights.shape[1], device=places.device) - first_new
+        at_new = base_rows(self.codes.index_select(0, places.index_select(0, new)), self.base)
+        weights = weights.flatten()
+        of_new = bag_sums(self.base, at_new, first_new, weights.index_select(0, new))
+        at_known = places.index_select(0, known)
+        return of_new.add_(bag_sums(self.table, at_known, first_known, weights.index_select(0, known)))
 
     def add(self, made: Plan, block: Block, changes: Tensor) -> None:
         """Add ``changes`` (U,V) to the rows of a block."""
@@ -236,13 +256,13 @@ class UntouchedRows:
         self.codes = made.new_codes
         return made, spans
 
-    def enter(self, made: Plan, span: Span, keep: bool) -> Tensor:
-        old = self.rows.index_select(0, made.rows[: span.row_new])
-        self.read = restore(old, self.codes, self.base)
-        return old
+    def kept(self, made: Plan, span: Span) -> Tensor:
+        return self.rows.index_select(0, made.rows[: span.row_new])
 
-    def sums(self, made: Plan, span: Span, weights: Tensor) -> Tensor:
-        return gather_sum(self.read, made.index.view(weights.shape), weights)
+    def read_only(self, made: Plan, span: Span, weights: Tensor) -> Tensor:
+        return gather_sum(
+            restore(self.kept(made, span), self.codes, self.base), made.index.view(weights.shape), weights
+        )
 
 
 def restore(old: Tensor, new: Tensor, base: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, find, given, settings
 
 from mixers.errors import UserError
+from mixers.fwpkm import sparse_keys
 from tests.mixers import fwpkm_random as random_memory
 from tests.mixers.fwpkm_random import Configuration, configurations, errors, margin, require_equal, run
 
@@ -30,7 +31,11 @@ def test_float64() -> None:
             n_left += 1
             return
         want = run("reference", c, torch.float64)
-        require_equal(run("sparse", c, torch.float64), want, torch.float64)
+        with pytest.MonkeyPatch.context() as patch:
+            if c.seed % 2:  # the ways of large calls whose queries are far from all keys: in float64 near ones are too
+                patch.setattr(sparse_keys, "MANY_DIFFERENCES", 0)
+                patch.setattr(sparse_keys, "FAR", -float("inf"))
+            require_equal(run("sparse", c, torch.float64), want, torch.float64)
         if c.cuts:
             require_equal(run("sparse", c, torch.float64, c.cuts), want, torch.float64)
             require_equal(run("reference", c, torch.float64, c.cuts), want, torch.float64)
