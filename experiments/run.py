@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -234,6 +235,10 @@ def longest_report_sample(task: Task, batch_size: int) -> int:
     return max(batch.tokens.shape[1] for batch in task.eval_batches("report", batch_size))
 
 
+def _is_end(row: dict[str, Any]) -> bool:
+    return any(name.startswith("report/") for name in row)
+
+
 class _Recorder:
     """Writes metrics.jsonl line by line, then hands the same row to the tracker."""
 
@@ -243,9 +248,13 @@ class _Recorder:
         self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115  closed by the run
 
     def drop_after(self, step: int) -> None:
-        """Forget rows of steps that an earlier try made after its last checkpoint: they are made again."""
+        """Forget rows that an earlier try made after its last checkpoint: they are made again.
+
+        Those of later steps, and the row of the end, the only one that has report metrics: a try that had written it
+        was cut off before its outcome.
+        """
         rows = read_metrics(self.folder)
-        kept = [row for row in rows if row["step"] <= step] if step else []
+        kept = [row for row in rows if step and row["step"] <= step and not _is_end(row)]
         if len(kept) == len(rows):
             return
         self.file.close()

@@ -116,6 +116,18 @@ def test_an_interruption_within_an_evaluation_loses_no_evaluation(tmp_path: Path
     assert (resumed.step, resumed.metrics) == (whole.step, whole.metrics) == (8, whole.metrics)
 
 
+def test_a_run_that_was_cut_off_before_its_outcome_has_its_last_row_once(tmp_path: Path) -> None:
+    config = mqar_config(train={"keep_checkpoint": True})  # of the last step
+    who = identity(config)
+    whole = run_experiment(config, who, tmp_path)
+    folder = tmp_path / "test" / config.key()
+    before = [{**row, "time_ms": 0} for row in read_metrics(folder)]
+    (folder / "outcome.json").unlink()
+    again = run_experiment(config, who, tmp_path)
+    assert again.metrics == whole.metrics
+    assert [{**row, "time_ms": 0} for row in read_metrics(folder)] == before
+
+
 def test_a_crash_between_checkpoints_repeats_the_lost_steps(tmp_path: Path) -> None:
     config = mqar_config(train={"checkpoint_every_s": 3600.0})
     who = identity(config)
