@@ -152,7 +152,8 @@ class _SparseChunks(torch.autograd.Function):
         now = keys.reshape(-1, *keys.shape[-2:])
 
         n_met, row_bytes = codes.numel(), v.shape[-1] * v.element_size()
-        reads, slots, weights, stages, all_spans = [], [], [], [], []
+        read = torch.empty_like(v)
+        slots, weights, stages, all_spans = [], [], [], []
         squared_error, entropy = q.new_zeros(()), q.new_zeros(())
         for parts in call.stages:
             addresses, uses, old_rows = [], [], []
@@ -177,13 +178,14 @@ class _SparseChunks(torch.autograd.Function):
                 span = spans[i]
                 old_rows.append(table.kept(plan, span) if keep else None)
                 on_tokens = (table.read if is_written else table.read_only)(plan, span, a[i])
-                reads.append(on_tokens.view(q.shape[0], -1, v.shape[-1]))
+                read[:, part] = on_tokens.view(q.shape[0], -1, v.shape[-1])
                 if not is_written:
                     continue
                 n_met = span.new_stop
                 difference, weight = call.difference(on_tokens, part)
                 error = call.error(difference, weight, part)
-                squared_error = squared_error + (weight * torch.linalg.vecdot(difference, difference)).sum()
+                writing = error.view(q.shape[0], -1, v.shape[-1])[:, : difference.shape[1]]
+                squared_error = squared_error + torch.dot(writing.flatten(), difference.flatten())
                 if options.value_loss_to_keys:
                     index = plan.places[span.entry : span.entry_stop].view(a[i].shape)
                     error_mean = error * call.loss_scale(part)
@@ -201,7 +203,6 @@ class _SparseChunks(torch.autograd.Function):
             if keep:
                 stages.append(_Stage(plan, choices, all_a, factors, shares, addresses, uses, old_rows))
 
-        read = torch.cat(reads, dim=1) if reads else torch.empty_like(v)
         slots_out, weights_out = call.join(slots, torch.int64), call.join(weights, q.dtype)
         value_loss = 0.5 * squared_error / max(call.n_pairs() * v.shape[-1], 1)
         n_losses = max(call.n_written_chunks * call.n_memories, 1)
