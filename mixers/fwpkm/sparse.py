@@ -34,10 +34,10 @@ from mixers.fwpkm.sparse_keys import (
     address_backward,
     choose,
     choose_backward,
-    differences,
     halves_to_pairs,
     key_step,
     key_step_backward,
+    needed_differences,
     neg_entropy,
     pairs_to_halves,
     use_of,
@@ -292,7 +292,7 @@ class _SparseChunks(torch.autograd.Function):
                         d_shares.append(d_share)
                     if d_now is not None and options.value_loss_to_keys:
                         halves, at = call.halves(part), stage.addresses[i]
-                        found = differences(halves, at.keys, at.codes, options, call.room)
+                        found = needed_differences(halves, at, call.room)
                         step = key_step_backward(halves, at, stage.uses[i], found, d_now, call.n_memories, options)
                         before = restore(old, all_codes[span.new : span.new_stop], flat_base)
                         error_mean = error * call.loss_scale(part)
@@ -335,7 +335,7 @@ class _SparseChunks(torch.autograd.Function):
             for i in reversed(range(len(parts))):
                 (part, is_written), at, use = parts[i], stage.addresses[i], stage.uses[i]
                 halves = call.halves(part)
-                found = differences(halves, at.keys, at.codes, options, call.room)
+                found = needed_differences(halves, at, call.room)
                 if use is not None and d_now is not None and not options.value_loss_to_keys:
                     step = key_step_backward(halves, at, use, found, d_now, call.n_memories, options)
                 needs_keys = need[3] or part.start > 0
