@@ -38,13 +38,25 @@ class Taken:
 def instant(
     config: ExperimentConfig, identity: RunIdentity, runs: Path, *, tracking: Any, on_progress: OnProgress
 ) -> RunOutcome:
-    """Stands for a training that takes no time: the same files, and made-up numbers that no table is made from."""
+    """Stands for a training that takes no time: the same files, and made-up numbers that no table is made from.
+
+    ``tracking``: a ``TrackingTarget``, to which it logs as a training does, or None.
+    """
     folder = run_folder(runs, identity.sweep, identity.key)
     write_identity(folder, identity, config.resolved())
+    tracker = None
+    if tracking is not None:
+        from experiments.tracking import RunTracker
+
+        told = (tracking.uri, tracking.experiment_id, identity, config.resolved())
+        tracker = RunTracker(*told, parent_id=tracking.parent_id or None, tags={})
+        tracker.start()
     on_progress(Progress(1, 1, {"train/loss": 1.0}))
     metrics = {"select/accuracy": config.train.lr, "report/accuracy": config.train.lr}
     outcome = RunOutcome("finished", step=1, metrics=metrics)
     write_outcome(folder, outcome)
+    if tracker is not None:
+        tracker.finish(outcome, folder)
     return outcome
 
 

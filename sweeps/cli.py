@@ -182,7 +182,7 @@ def cancel_command(sweep_file: str, wait: float, runs_dir: str | None) -> None:
 @click.option("--workers", type=int, metavar="N", help="Compared with one; on CUDA on one GPU. [default: 2; CUDA: 8]")
 @click.option("--steps", type=int, metavar="N", help="Of a training. [default: 350, 100 in the sweep; CUDA: 2000]")
 @click.option("--repeats", type=int, default=1, show_default=True, help="Of both sweeps of `workers`, in turn.")
-@click.option("--trials", type=int, default=1000, show_default=True, help="Of `engine`; a tenth of them for `ray`.")
+@click.option("--trials", type=int, default=1000, show_default=True, help="Of `engine`, `tracked`; a tenth for `ray`.")
 @click.option("--planned", type=int, default=10_000, show_default=True, help="Runs of `plan`.")
 @json_option
 def bench_command(
@@ -195,14 +195,15 @@ def bench_command(
     planned: int,
     as_json: bool,
 ) -> None:
-    """Measure what sweeping itself costs here: PARTs plan, engine, ray, logging, workers; all but ray by default.
+    """Measure what sweeping itself costs here: PARTs plan, engine, tracked, ray, logging, workers.
 
-    With --device cuda, `workers` alone. Exits with 1 when a goal is missed.
+    By default all but tracked and ray, which take minutes; with --device cuda, `workers` alone.
+    Exits with 1 when a goal is missed.
     """
-    from sweeps.bench import PARTS, Size, measure
+    from sweeps.bench import PARTS, SLOW_PARTS, Size, measure
 
     is_cuda = device == "cuda"
-    parts = parts or (("workers",) if is_cuda else tuple(part for part in PARTS if part != "ray"))
+    parts = parts or (("workers",) if is_cuda else tuple(part for part in PARTS if part not in SLOW_PARTS))
     for part in parts:
         if part not in PARTS:
             raise click.UsageError(f"no part {part!r}; there are {', '.join(PARTS)}")

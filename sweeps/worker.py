@@ -41,6 +41,7 @@ from experiments.records import (
 from mixers.cli import load_plugins
 from sweeps.die_with import die_with
 from sweeps.executor import TARGET
+from sweeps.lean_torch import spare_compiler
 from sweeps.pruning import prune_reason
 
 # A write of at most PIPE_BUF bytes arrives whole or not at all, however full the pipe is.
@@ -135,6 +136,8 @@ def main(arguments: list[str] | None = None) -> None:
     from mixers import registry  # with torch
 
     target = load_target(options.target)
+    if "torch" in sys.modules:
+        spare_compiler()
     _set_threads(options.threads)
     load_plugins(tuple(options.plugin))
     registry.load_all()

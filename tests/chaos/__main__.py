@@ -25,6 +25,8 @@ from tests.chaos.truth import Found, judge, read_found
 
 # Two cores are busy with three faults at a time: most wait for something, half a minute long, most of the time.
 N_LANES = 3
+# The undisturbed sweeps run beside the first faults.
+TRUTH_PATIENCE_S = 600.0
 NO_TIME_EXIT_CODE = 3
 
 
@@ -64,7 +66,7 @@ def undisturbed(text: str, deadline: float = math.inf) -> Found:
     sandbox = Sandbox(text=text, deadline=deadline)
     try:
         sandbox.start()
-        if sandbox.finish() != 0:
+        if sandbox.finish(patience_s=TRUTH_PATIENCE_S) != 0:
             raise RuntimeError(f"the undisturbed sweep failed: {sandbox.errors()}")
         return read_found(sandbox.runs)
     finally:

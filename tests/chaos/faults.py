@@ -35,13 +35,13 @@ class Skipped(Exception):
 
 
 def kills(sandbox: Sandbox) -> None:
-    """33 workers, 9 drivers and 8 times both at once, at random moments, starts and ends included."""
-    storm(sandbox, ["worker"] * 33 + ["driver"] * 9 + ["both"] * 8)
+    """38 workers, 6 drivers and 6 times both at once, at random moments, starts and ends included."""
+    storm(sandbox, ["worker"] * 38 + ["driver"] * 6 + ["both"] * 6)
 
 
 def tracked_kills(sandbox: Sandbox) -> None:
     """The same with the records mirrored to MLflow."""
-    storm(sandbox, ["worker"] * 4 + ["driver"] * 2 + ["both"] * 1)
+    storm(sandbox, ["worker"] * 2 + ["driver"] + ["both"])
 
 
 def storm(sandbox: Sandbox, victims: list[str]) -> None:
@@ -271,12 +271,13 @@ def store_locked(sandbox: Sandbox) -> None:
 
 
 def ray_workers(sandbox: Sandbox) -> None:
-    """On Ray: the process of Ray that holds a worker killed, then a worker, then the driver, which nothing outlives."""
+    """On Ray: its processes that hold workers killed, then a worker, then the driver, which nothing outlives."""
     if importlib.util.find_spec("ray") is None:
         raise Skipped("Ray is not installed: pip install 'mixlab[ray]'")
     sandbox.start()
     sandbox.wait_event("run_progress", 1)
-    sandbox.signal(parent_of(sandbox.workers()[0]), signal.SIGKILL)
+    for pid in sandbox.workers():  # one of two may still be starting: both, so that at least one loses a run
+        sandbox.signal(parent_of(pid), signal.SIGKILL)
     sandbox.wait_event("run_retried", 1)
     sandbox.wait_event("run_ended", 2)
     sandbox.wait(lambda: bool(sandbox.workers()), "worker")
@@ -315,7 +316,10 @@ def parent_of(pid: int) -> int:
 
 @dataclass(frozen=True)
 class Fault:
-    """``n`` is how often it has to happen at least; ``sixty``: in the sweep of 60 runs, not in that of 8."""
+    """``n`` is how often it has to happen at least; ``sixty``: in the sweep of 60 runs, not in that of 8.
+
+    One worker where a second would show nothing: most of the time goes to their imports of torch and MLflow.
+    """
 
     make: Callable[[Sandbox], None]
     n: int = 1
@@ -336,20 +340,20 @@ HUNGRY = SWEEP.replace("[tune]", '[arms.hungry]\nmixer = "chaos_hungry"\n[tune]'
 # The longest first: what is left at the end keeps all lanes busy.
 FAULTS = {
     "kills": Fault(kills, n=50, sixty=True),
-    "tracked_kills": Fault(tracked_kills, n=7, tracked=True),
+    "tracked_kills": Fault(tracked_kills, n=4, tracked=True),
     "ray_machine": Fault(ray_machine, n=2, sixty=True),
     "ctrl_c": Fault(ctrl_c, tracked=True),
-    "clock_back": Fault(clock_back, n=2, tracked=True, environment={"PYTHONPATH": str(HERE / "clock")}),
-    "server_killed": Fault(server_killed, tracked=True),
+    "clock_back": Fault(clock_back, n=2, tracked=True, environment={"PYTHONPATH": str(HERE / "clock")}, n_workers=1),
+    "server_killed": Fault(server_killed, tracked=True, n_workers=1),
     "store_locked": Fault(store_locked, tracked=True),
     "ray_workers": Fault(ray_workers, n=3, options=("--ray", "auto")),
-    "suspend": Fault(suspend, options=("--stall-after", str(STALL_S))),
+    "suspend": Fault(suspend, options=("--stall-after", str(STALL_S)), n_workers=1),
     "hang": Fault(hang, options=("--stall-after", str(STALL_S))),
     "memory": Fault(memory, text=HUNGRY, options=("--plugin", str(HERE / "hungry.py"))),
-    "disk_full": Fault(disk_full),
-    "broken_plugin": Fault(broken_plugin, options=("--plugin", str(HERE / "broken.py"))),
+    "disk_full": Fault(disk_full, n_workers=1),
+    "broken_plugin": Fault(broken_plugin, options=("--plugin", str(HERE / "broken.py")), n_workers=1),
     "ctrl_c_twice": Fault(ctrl_c_twice, n=2),
-    "torn_records": Fault(torn_records, n=3),
-    "sigterm": Fault(sigterm),
-    "two_drivers": Fault(two_drivers),
+    "torn_records": Fault(torn_records, n=3, n_workers=1),
+    "sigterm": Fault(sigterm, n_workers=1),
+    "two_drivers": Fault(two_drivers, n_workers=1),
 }

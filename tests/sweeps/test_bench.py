@@ -24,4 +24,4 @@ def test_the_engine_is_measured_on_a_sweep_that_runs_and_is_resumed():
 def test_an_unknown_part_names_those_there_are():
     result = CliRunner().invoke(commands[0], ["bench", "planing"])
     assert result.exit_code == 2
-    assert "no part 'planing'; there are plan, engine, ray, logging, workers" in result.output
+    assert "no part 'planing'; there are plan, engine, tracked, ray, logging, workers" in result.output

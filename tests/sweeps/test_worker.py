@@ -6,12 +6,51 @@ import json
 import math
 import os
 import select
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from experiments.progress import Progress
 from sweeps.worker import MAX_EVENT_BYTES, EventPipe, output_to, release_gpu_memory
+from tests.sweeps.helpers import TOP
+
+LEAN = """
+import sys
+import torch
+from torch.optim import AdamW, Optimizer
+from sweeps.lean_torch import spare_compiler
+
+NAMES = ("state_dict", "load_state_dict", "zero_grad", "add_param_group")
+before = AdamW.step, {name: getattr(Optimizer, name) for name in NAMES}
+
+
+def trained():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(7, 5)
+    optimizer = AdamW([{"params": [layer.weight], "weight_decay": 0.1}, {"params": [layer.bias]}], lr=0.01)
+    for step in range(5):
+        optimizer.zero_grad(set_to_none=True)
+        layer(torch.randn(3, 7)).square().sum().backward()
+        optimizer.step()
+        if step == 2:
+            saved = optimizer.state_dict()
+            optimizer = AdamW([{"params": [layer.weight]}, {"params": [layer.bias]}], lr=1.0)
+            optimizer.load_state_dict(saved)
+    assert layer.weight.requires_grad and torch.is_grad_enabled()
+    return [layer.weight, layer.bias, *(state["exp_avg_sq"] for state in optimizer.state.values())]
+
+
+spare_compiler()
+lean = trained()
+assert "torch._dynamo" not in sys.modules, "the compiler was loaded"
+AdamW.step = before[0]
+for name, method in before[1].items():
+    setattr(Optimizer, name, method)
+assert all(torch.equal(a, b) for a, b in zip(lean, trained(), strict=True))
+assert "torch._dynamo" in sys.modules, "without it torch loads the compiler: else it could go"
+"""
 
 
 def pipe() -> tuple[int, EventPipe]:
@@ -76,3 +115,8 @@ def test_what_a_run_had_of_the_gpu_is_given_back():
     del held
     release_gpu_memory()
     assert torch.cuda.memory_reserved() <= before - (4 << 20)
+
+
+def test_without_the_compiler_an_optimiser_does_the_same_to_the_last_bit():
+    done = subprocess.run([sys.executable, "-c", LEAN], cwd=TOP, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
