@@ -34,10 +34,10 @@ from mixers.fwpkm.sparse_keys import (
     address_backward,
     choose,
     choose_backward,
-    differences,
     halves_to_pairs,
     key_step,
     key_step_backward,
+    needed_differences,
     neg_entropy,
     pairs_to_halves,
     use_of,
@@ -152,7 +152,8 @@ class _SparseChunks(torch.autograd.Function):
         now = keys.reshape(-1, *keys.shape[-2:])
 
         n_met, row_bytes = codes.numel(), v.shape[-1] * v.element_size()
-        reads, slots, weights, stages, all_spans = [], [], [], [], []
+        read = torch.empty_like(v)
+        slots, weights, stages, all_spans = [], [], [], []
         squared_error, entropy = q.new_zeros(()), q.new_zeros(())
         for parts in call.stages:
             addresses, uses, old_rows = [], [], []
@@ -177,13 +178,14 @@ class _SparseChunks(torch.autograd.Function):
                 span = spans[i]
                 old_rows.append(table.kept(plan, span) if keep else None)
                 on_tokens = (table.read if is_written else table.read_only)(plan, span, a[i])
-                reads.append(on_tokens.view(q.shape[0], -1, v.shape[-1]))
+                read[:, part] = on_tokens.view(q.shape[0], -1, v.shape[-1])
                 if not is_written:
                     continue
                 n_met = span.new_stop
                 difference, weight = call.difference(on_tokens, part)
                 error = call.error(difference, weight, part)
-                squared_error = squared_error + (weight * torch.linalg.vecdot(difference, difference)).sum()
+                writing = error.view(q.shape[0], -1, v.shape[-1])[:, : difference.shape[1]]
+                squared_error = squared_error + torch.dot(writing.flatten(), difference.flatten())
                 if options.value_loss_to_keys:
                     index = plan.places[span.entry : span.entry_stop].view(a[i].shape)
                     error_mean = error * call.loss_scale(part)
@@ -201,7 +203,6 @@ class _SparseChunks(torch.autograd.Function):
             if keep:
                 stages.append(_Stage(plan, choices, all_a, factors, shares, addresses, uses, old_rows))
 
-        read = torch.cat(reads, dim=1) if reads else torch.empty_like(v)
         slots_out, weights_out = call.join(slots, torch.int64), call.join(weights, q.dtype)
         value_loss = 0.5 * squared_error / max(call.n_pairs() * v.shape[-1], 1)
         n_losses = max(call.n_written_chunks * call.n_memories, 1)
@@ -291,7 +292,7 @@ class _SparseChunks(torch.autograd.Function):
                         d_shares.append(d_share)
                     if d_now is not None and options.value_loss_to_keys:
                         halves, at = call.halves(part), stage.addresses[i]
-                        found = differences(halves, at.keys, at.codes, options, call.room)
+                        found = needed_differences(halves, at, call.room)
                         step = key_step_backward(halves, at, stage.uses[i], found, d_now, call.n_memories, options)
                         before = restore(old, all_codes[span.new : span.new_stop], flat_base)
                         error_mean = error * call.loss_scale(part)
@@ -334,7 +335,7 @@ class _SparseChunks(torch.autograd.Function):
             for i in reversed(range(len(parts))):
                 (part, is_written), at, use = parts[i], stage.addresses[i], stage.uses[i]
                 halves = call.halves(part)
-                found = differences(halves, at.keys, at.codes, options, call.room)
+                found = needed_differences(halves, at, call.room)
                 if use is not None and d_now is not None and not options.value_loss_to_keys:
                     step = key_step_backward(halves, at, use, found, d_now, call.n_memories, options)
                 needs_keys = need[3] or part.start > 0

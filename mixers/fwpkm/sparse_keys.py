@@ -3,9 +3,8 @@
 Letters: M memories, S queries per memory, H heads, A = M*H*2 halves of heads, k slots per head, J = H*k, n sub-keys
 per half, K key width, G chunks of equal length.
 
-``differences`` (A,S,k,K/2) is sub-key minus query half for ``idw``, the sub-key itself for ``dot``. It is what
-gradients are summed from: closed forms such as key * sum(c) - sum(c * q) save the gather, but cancel for near keys.
-Forward they are used where no chosen key is near.
+``found``, differences (A,S,k,K/2), is sub-key minus query half, for ``idw``. Distances and gradients come from it only
+if a chosen key is near: sums apart such as key * sum(c) - sum(c * q) save forming it, but cancel for near keys.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mixers.fwpkm.reference import ENTROPY_EPS, ChunkOptions
-from mixers.fwpkm.sparse_rows import bag_sums, dots, gather_sum, stable_sort
+from mixers.fwpkm.sparse_rows import bag_sums, dots, gather_dot, gather_sum, stable_sort
 from mixers.product_keys import IDW_EPS, best_subkeys
 
 # Of |q|^2 + |key|^2: a squared distance from here on has lost two bits to cancellation, a difference one.
@@ -89,7 +88,7 @@ def address(
     if options.score == "idw":
         distances = _far_distances(halves, keys, coarse)
         if distances is None:
-            found = differences(halves, keys, codes, options, room)
+            found = differences(halves, keys, codes, room)
             distances = torch.linalg.vector_norm(found, dim=-1).square_()
         inverse = distances.add_(IDW_EPS).reciprocal_()
         scores = inverse.log()
@@ -104,28 +103,45 @@ def address(
 
 
 def _far_distances(halves: Tensor, keys: Tensor, coarse: Tensor) -> Tensor | None:
-    """Squared distances (A,S,k) as |q|^2 - 2 (<q,key> - |key|^2 / 2) from the coarse scores (A,S,k), if all are as
-    precise as from differences, up to a small factor: not shorter than a quarter of the longest |q|^2 + |key|^2.
+    """Squared distances (A,S,k) as |q|^2 - 2 (<q,key> - |key|^2 / 2) from the coarse scores (A,S,k), if all are far.
 
     That saves forming the differences (A,S,k,K/2), which takes as long as everything else of the addressing but the
-    product with all sub-keys. None otherwise; where they are few numbers; and off the CPU, where to decide would be to
-    wait for the device.
+    product with all sub-keys.
     """
-    if coarse.device.type != "cpu" or coarse.numel() * keys.shape[-1] < MANY_DIFFERENCES:
+    if not _are_many(coarse, halves):
         return None
-    squares = torch.linalg.vector_norm(halves, dim=-1, keepdim=True).square_()
-    distances = torch.sub(squares, coarse, alpha=2)
-    longest = squares.amax() + torch.linalg.vector_norm(keys, dim=-1).amax().square()
-    # False for NaN.
-    return distances if bool(distances.amin() >= FAR * longest) else None
+    distances = torch.sub(torch.linalg.vector_norm(halves, dim=-1, keepdim=True).square_(), coarse, alpha=2)
+    return distances if _are_far(halves, keys, distances.amin()) else None
 
 
-def differences(halves: Tensor, keys: Tensor, codes: Tensor, options: ChunkOptions, room: Tensor) -> Tensor:
-    """Selected sub-key minus query half (``idw``), or the sub-key itself (``dot``): (A,S,k,K/2), in ``room``."""
+def _are_many(scores: Tensor, halves: Tensor) -> bool:
+    """Whether differences for scores (A,S,k) are worth being spared. Off the CPU never: to know what may stand for them
+    would be to wait for the device."""
+    return scores.device.type == "cpu" and scores.numel() * halves.shape[-1] >= MANY_DIFFERENCES
+
+
+def _are_far(halves: Tensor, keys: Tensor, nearest: Tensor) -> bool:
+    """Whether what is summed apart over keys and queries is as precise as sums over differences, up to a small factor:
+    the squared distance ``nearest`` () is not below a quarter of the longest |q|^2 + |key|^2. False for NaN."""
+    longest = sum(torch.linalg.vector_norm(x, dim=-1).amax().square_() for x in (halves, keys))
+    return bool(nearest >= FAR * longest)
+
+
+def differences(halves: Tensor, keys: Tensor, codes: Tensor, room: Tensor) -> Tensor:
+    """Selected sub-key minus query half: (A,S,k,K/2), in ``room``."""
     half_dim = keys.shape[-1]
     found = room[: codes.numel() * half_dim].view(-1, half_dim)
     found = torch.index_select(keys.view(-1, half_dim), 0, codes.flatten(), out=found).view(*codes.shape, half_dim)
-    return found.sub_(halves.unsqueeze(2)) if options.score == "idw" else found
+    return found.sub_(halves.unsqueeze(2))
+
+
+def needed_differences(halves: Tensor, at: Addresses, room: Tensor) -> Tensor | None:
+    """Those of a chunk's addresses, for its backward, unless sums apart do: for ``dot``, and where all are far."""
+    if at.inverse is None:
+        return None
+    if _are_many(at.scores, halves) and _are_far(halves, at.keys, at.inverse.amax().reciprocal_().sub_(IDW_EPS)):
+        return None
+    return differences(halves, at.keys, at.codes, room)
 
 
 def use_of(at: Addresses, n_memories: int, on_half: Tensor | None, options: ChunkOptions) -> Use:
@@ -155,21 +171,30 @@ def key_step(halves: Tensor, at: Addresses, use: Use, found: Tensor | None, opti
 
 def _gradient_rows(halves: Tensor, at: Addresses, use: Use, found: Tensor | None) -> tuple[Tensor, float]:
     """The step's gradient on the keys, as rows (A*n,K/2) and a factor."""
-    half_dim, n_read = halves.shape[-1], at.codes.shape[-1]
-    queries = halves.reshape(-1, half_dim)
     if at.inverse is None:
-        return at.sums(queries, use.on_scores, n_read), 1.0
+        return at.sums(halves.reshape(-1, halves.shape[-1]), use.on_scores, at.codes.shape[-1]), 1.0
     # s = -log(eps + d), d = |key - q|^2: ds/dkey = -2 (key - q) / (eps + d).
-    weights = use.on_scores * at.inverse
+    return _sums_of_differences(halves, at, use.on_scores * at.inverse, found), -2.0
+
+
+def _sums_of_differences(halves: Tensor, at: Addresses, weights: Tensor, found: Tensor | None) -> Tensor:
+    """sum of weights (A,S,k) times key - q over a sub-key's accesses (A*n,K/2); apart where ``found`` is not formed."""
+    half_dim = halves.shape[-1]
     if found is not None:
-        return at.sums(found.view(-1, half_dim), weights), -2.0
-    # Far from each other, key and q leave a difference as precise if they are summed apart.
+        return at.sums(found.view(-1, half_dim), weights)
     on_keys = at.sums(weights.view(-1, 1), None)
-    return at.sums(queries, weights, n_read).addcmul_(at.keys.view(-1, half_dim), on_keys, value=-1), 2.0
+    of_queries = at.sums(halves.reshape(-1, half_dim), weights, at.codes.shape[-1])
+    return of_queries.neg_().addcmul_(at.keys.view(-1, half_dim), on_keys)
 
 
 def key_step_backward(
-    halves: Tensor, at: Addresses, use: Use, found: Tensor, d_new_keys: Tensor, n_memories: int, options: ChunkOptions
+    halves: Tensor,
+    at: Addresses,
+    use: Use,
+    found: Tensor | None,
+    d_new_keys: Tensor,
+    n_memories: int,
+    options: ChunkOptions,
 ) -> StepGradients:
     """Derivatives through :func:`key_step`, given that of the keys after it (A,n,K/2).
 
@@ -178,25 +203,31 @@ def key_step_backward(
         dkeys_x = dnew_x - 2 G_x sum u;  dq = 2 sum u G;  du = -2 <G_x, key_x - q>;  dgs = du / (eps + d)
         gs = P (slope - <P, slope>), slope a function of Pbar = mean P: softmax backward, its Hessian, and the mean
     """
-    o, half_dim = options, found.shape[-1]
+    o, half_dim = options, halves.shape[-1]
     gs, codes = use.on_scores, at.codes.view(-1, at.codes.shape[-1])
     d_new_keys = d_new_keys.view(-1, half_dim)
     on_rows = d_new_keys * -o.lr
     if o.clip:
         rows, factor = _gradient_rows(halves, at, use, found)
         on_rows = on_rows * ((factor * rows).abs() <= 1)
+    if found is None:
+        # <G_x, q> of every access.
+        of_queries = gather_dot(on_rows, codes, halves.reshape(-1, half_dim)).view(gs.shape)
     through_distances = None
     if at.inverse is not None:
         u = gs * at.inverse
-        # <G, differences> and the accesses' sums share nothing: one access, one row of differences.
-        du = dots(on_rows, codes.flatten(), found.view(-1, half_dim), _arange(codes.numel(), codes)).view(gs.shape) * -2
+        if found is None:
+            du = (at.gather(torch.linalg.vecdot(on_rows, at.keys.view(-1, half_dim))) - of_queries) * -2
+        else:
+            # <G, differences> and the accesses' sums share nothing: one access, one row of differences.
+            every = _arange(codes.numel(), codes)
+            du = dots(on_rows, codes.flatten(), found.view(-1, half_dim), every).view(gs.shape) * -2
         d_gs = du * at.inverse
         through_distances = du * u
         d_halves = gather_sum(on_rows, codes, u * 2)
         d_keys = torch.addcmul(d_new_keys, on_rows, at.sums(u.view(-1, 1), None), value=-2)
     else:
-        flat = halves.reshape(-1, half_dim)
-        d_gs = dots(on_rows, codes.flatten(), flat, _arange(codes.numel(), codes) // codes.shape[1]).view(gs.shape)
+        d_gs = of_queries
         d_halves = gather_sum(on_rows, codes, gs)
         d_keys = d_new_keys
 
@@ -217,7 +248,7 @@ def key_step_backward(
 def address_backward(
     halves: Tensor,
     at: Addresses,
-    found: Tensor,
+    found: Tensor | None,
     step: StepGradients | None,
     d_scores: Tensor,
     needs_keys: bool,
@@ -225,28 +256,29 @@ def address_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Derivatives of halves (A,S,K/2) and keys (A,n,K/2) through :func:`address`, given those of the scores (A,S,k)
     and those of the key step (None: the keys did not move, or nothing depends on where they went)."""
-    half_dim, shape = found.shape[-1], at.codes.shape
+    half_dim, n_read = halves.shape[-1], at.codes.shape[-1]
+    codes, keys = at.codes.view(-1, n_read), at.keys.view(-1, half_dim)
     if step is not None:
         d_scores = d_scores + step.scores
-    rows, n_per_row = found.view(-1, half_dim), 1
-    if at.inverse is not None:
+    if at.inverse is None:
+        d_halves = gather_sum(keys, codes, d_scores)
+        d_keys = at.sums(halves.reshape(-1, half_dim), d_scores, n_read) if needs_keys else None
+    else:
         if step is not None:
             d_scores = d_scores + step.through_distances
         slope = d_scores * at.inverse * -2
-        d_halves = gather_sum(rows, _arange(rows.shape[0], at.codes).view(-1, shape[-1]), slope.neg())
-    else:
-        slope = d_scores
-        d_halves = gather_sum(rows, _arange(rows.shape[0], at.codes).view(-1, shape[-1]), slope)
-        rows, n_per_row = halves.reshape(-1, half_dim), shape[-1]
+        if found is None:
+            flat = halves.reshape(-1, half_dim)
+            d_halves = gather_sum(keys, codes, slope.neg()).addcmul_(flat, slope.sum(-1).view(-1, 1))
+        else:
+            rows = found.view(-1, half_dim)
+            d_halves = gather_sum(rows, _arange(rows.shape[0], codes).view(codes.shape), slope.neg())
+        d_keys = _sums_of_differences(halves, at, slope, found) if needs_keys else None
     d_halves = d_halves.view(halves.shape)
-    if step is not None:
-        d_halves += step.halves
-    if not needs_keys:
-        return d_halves, None
-    d_keys = at.sums(rows, slope, n_per_row)
-    if step is not None:
-        d_keys += step.keys
-    return d_halves, d_keys.view(at.keys.shape)
+    if step is None:
+        return d_halves, None if d_keys is None else d_keys.view(at.keys.shape)
+    d_halves += step.halves
+    return d_halves, None if d_keys is None else d_keys.add_(step.keys).view(at.keys.shape)
 
 
 class Choice(NamedTuple):

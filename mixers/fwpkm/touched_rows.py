@@ -72,7 +72,7 @@ def plan(codes: Tensor, n_each: list[int], n_read: int, known: Tensor) -> tuple[
         met_in = chunk.index_select(0, (first_met - n_known).clamp_(min=0)).masked_fill_(first_met < n_known, -1)
     else:
         met_in = chunk.index_select(0, first_met)
-    as_met = torch.sort(met_in, stable=True).indices
+    as_met = stable_sort(met_in + 1)[1]
     numbers = torch.arange(as_met.numel(), device=codes.device)
     place_of_run = torch.empty_like(as_met).scatter_(0, as_met, numbers)
     if n_known:
