@@ -87,7 +87,8 @@ def test_folders_of_the_user_are_not_taken_for_ours(tmp_path: Path) -> None:
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("raise RuntimeError('a folder of the user')\n")
     # its processes are forked from a server, which looks for modules by itself
-    done = by_itself(*"bench fwpkm --quick --scene decode --impl sparse --no-memory".split(), cwd=tmp_path)
+    words = ("bench", "fwpkm", "--quick", "--scene", "decode", "--impl", "sparse", "--no-memory")
+    done = by_itself(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "a folder of the user" not in done.stderr
 
