@@ -49,7 +49,7 @@ def apart(call: Callable[[], T], what: str) -> T:
         os.waitpid(child, 0)
     if not content:
         raise UserError(f"{what} ended without a word; the system may have had no memory for it")
-    found = pickle.loads(content)  # noqa: S301  written by this very code, a moment ago
+    found = pickle.loads(content)  # noqa: S301  from our own child, through a pipe that nobody else has
     if isinstance(found, BaseException):
         raise found
     return found
@@ -67,6 +67,9 @@ def _answer(call: Callable[[], Any], what: str, driver: int, writing: int) -> No
         os._exit(130)
     except BaseException:  # noqa: BLE001  whatever it is, the driver has to know that there is no answer
         found = RuntimeError(f"{what} failed:\n{traceback.format_exc()}")
-    with open(writing, "wb") as answer:
-        pickle.dump(found, answer)
-    os._exit(0)
+    try:
+        content = pickle.dumps(found)
+        with open(writing, "wb") as answer:
+            answer.write(content)
+    finally:
+        os._exit(0)  # whatever happens, the child never goes on with what its parent does next
