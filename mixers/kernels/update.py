@@ -19,20 +19,16 @@ def scratch_row(access, n_chunk, n_tokens, start, N_READ: tl.constexpr):
 
 
 @triton.jit
-def step_positions(
-    position, end, table, source, weights, scale, order, row, first_of, count_of, overwritten, touched,
-    n_chunk, n_tokens, start, n_table,
-    N_READ: tl.constexpr, VALUE: tl.constexpr, MEAN: tl.constexpr, KEEP: tl.constexpr, TOUCH: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_V: tl.constexpr,
+def add_groups(
+    position, end, table, source, weights, order, row, first_of, count_of, n_chunk, n_tokens, start,
+    N_READ: tl.constexpr, VALUE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """table_u += sum over the chunk's accesses (t,j) -> u of w_tj source_t for the groups that start at ``position``.
 
-    position (BLOCK_G,) int64, below ``end``: most positions start a group, of one access. With MEAN the sum is
-    multiplied by scale_m / cnt_u; with KEEP the old row goes to row ``position`` of ``overwritten``. With TOUCH a row
-    counts as 0 until ``touched`` (M*N,) says that it was written, which is said then.
+    position (BLOCK_G,) int64, below ``end``: most positions start a group, of one access.
 
-    Bytes per access: V of source (from the L2 cache), and per touched row V read, V written, with KEEP V kept. A row's
-    accesses are summed by one program, BLOCK_E at a time: a slot read by all tokens of a chunk takes S / BLOCK_E steps.
+    Bytes per access: V of source (from the L2 cache), and per touched row V read, V written. A row's accesses are summed
+    by one program, BLOCK_E at a time: a slot read by all tokens of a chunk takes S / BLOCK_E steps.
     """
     exists = position < end
     # Asked for together, before it is known which positions start a group: one wait instead of three.
@@ -41,16 +37,11 @@ def step_positions(
     target = tl.load(row + position, exists, 0)
     access = tl.load(order + position, exists, 0)
     weight = tl.load(weights + access, exists, 0.0)
-    if MEAN:
-        rate = tl.load(scale + target // n_table, exists, 0.0) / tl.maximum(count, 1).to(weight.dtype)
     n_most = tl.max(tl.where(starts, count, 0), axis=0)
-    written = starts
-    if TOUCH:
-        written = starts & (tl.load(touched + target, starts, 0) != 0)
     for first in range(0, VALUE, BLOCK_V):
         v_index = first + tl.arange(0, BLOCK_V)
         inside = starts[:, None] & (v_index < VALUE)[None, :]
-        old = tl.load(table + target[:, None] * VALUE + v_index[None, :], inside & written[:, None], 0.0)
+        old = tl.load(table + target[:, None] * VALUE + v_index[None, :], inside, 0.0)
         scratch = scratch_row(access, n_chunk, n_tokens, start, N_READ)
         step = weight[:, None] * tl.load(source + scratch[:, None] * VALUE + v_index[None, :], inside, 0.0)
         if n_most > 1:
@@ -75,15 +66,7 @@ def step_positions(
                 )
                 step += tl.sum(tl.reshape(more[:, None] * rows, (BLOCK_G, BLOCK_E, BLOCK_V)), axis=1)
                 done += BLOCK_E
-        if MEAN:
-            step = step * rate[:, None]
-        if KEEP:
-            tl.store(overwritten + position[:, None] * VALUE + v_index[None, :], old, inside)
         tl.store(table + target[:, None] * VALUE + v_index[None, :], old + step, inside)
-    if TOUCH:
-        # All threads have loaded before one stores.
-        tl.debug_barrier()
-        tl.store(touched + target, tl.full(target.shape, 1, dtype=tl.int8), starts)
 
 
 @triton.jit(do_not_specialize=["first_position", "end_position", "n_chunk", "n_tokens", "start", "n_table"])
@@ -108,9 +91,9 @@ def update_kernel(
     BLOCK_V: tl.constexpr,
 ):
     position = first_position + tl.program_id(0).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
-    step_positions(
-        position, end_position, table, source, weights, weights, order, row, first_of, count_of, table, table,
-        n_chunk, n_tokens, start, n_table, N_READ, VALUE, False, False, False, BLOCK_G, BLOCK_E, BLOCK_V,
+    add_groups(
+        position, end_position, table, source, weights, order, row, first_of, count_of, n_chunk, n_tokens, start,
+        N_READ, VALUE, BLOCK_G, BLOCK_E, BLOCK_V,
     )  # fmt: skip
 
 
@@ -138,8 +121,3 @@ def add_rows(table: Tensor, source: Tensor, weights: Tensor, groups: Groups, chu
         num_warps=4 if block_v >= 512 else 2 if block_v >= 256 else 1,
     )
 
-
-def update_tile_sizes(value_dim: int) -> tuple[int, int, int]:
-    """Positions that a program of four warps steps together, accesses of each at a time, elements of a row."""
-    block_v = min(512, triton.next_power_of_2(value_dim))
-    return max(1, min(8, 2048 // block_v)), 2, block_v
