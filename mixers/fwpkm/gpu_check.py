@@ -165,8 +165,10 @@ def compare_static(dtype: torch.dtype, device: str) -> dict[str, float]:
 
 
 def milliseconds(operation: Callable[[], object], repeats: int = 10) -> float:
-    """Median time of ``operation`` on the device, by events, after three calls; each timed call follows another, so that
-    the device need not wait for the host's first launch."""
+    """Median time of ``operation`` on the device, by events, after three calls.
+
+    Each timed call follows another, so that the device need not wait for the host's first launch.
+    """
     for _ in range(3):
         operation()
     times = []
