@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mixers.errors import UserError
+from mixers.fwpkm.unchanged import changes, require_unchanged
 from mixers.kernels.row_steps import last_rows
 from mixers.kernels.versions import Accesses
 
@@ -27,8 +27,7 @@ class LastTable:
         :func:`last_rows` takes; none of these where there are no tokens."""
         self._parts = (given, slots, versions)
         self._n_memories = n_memories
-        # Tensors of an inference mode count no changes.
-        self._versions_seen = [None if tensor.is_inference() else tensor._version for tensor in (given, slots)]
+        self._seen = changes(given), changes(slots)
 
     @property
     def needs_versions(self) -> bool:
@@ -42,14 +41,8 @@ class LastTable:
             UserError: the given values or the slots were changed in place meanwhile.
         """
         if self._table is None:
-            for name, tensor, seen in zip(
-                ("values", "out.slots"), self._parts[:2], self._versions_seen, strict=True
-            ):
-                if seen is not None and tensor._version != seen:
-                    raise UserError(
-                        f"fast_weight_pkm: {name} were changed in place after the call and before its result's values "
-                        "were read; read out.values first, or pass a copy"
-                    )
+            for name, tensor, seen in zip(("values", "out.slots"), self._parts[:2], self._seen, strict=True):
+                require_unchanged(name, tensor, seen)
             if self.place is None:
                 self._table = self._made()
             else:
