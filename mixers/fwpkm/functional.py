@@ -20,8 +20,8 @@ from mixers.product_keys import Score
 Scope = Literal["sequence", "shared"]
 UpdateScale = Literal["paper", "released"]
 IMPLEMENTATIONS = ("auto", "reference", "sparse", "triton")
-# In scope ``sequence`` a memory that goes on after a call of the Triton kernels is a whole table for every sequence, and
-# the readable path makes passes over such copies in every call.
+# In scope ``sequence`` a memory that goes on after a call of the Triton kernels is a whole table for every sequence;
+# the readable path makes passes over such copies in every call, so it gives way to ``sparse`` much earlier.
 LARGEST_TRITON_TABLE_BYTES = 2 * 2**30
 LARGEST_REFERENCE_TABLE_BYTES = 32 * 2**20
 
@@ -206,12 +206,15 @@ class _LaterTable:
 
     def __init__(self, make: Callable[[], Tensor], scope: str) -> None:
         self._make, self._scope = make, scope
+        # Wherever it is asked for, it is part of the graph of its call.
+        self._grad_enabled = torch.is_grad_enabled()
         self._made: Tensor | None = None
 
     def made(self) -> Tensor:
         if self._made is None:
-            tables = self._make()
-            self._made = tables if self._scope == "sequence" else tables[0]
+            with torch.set_grad_enabled(self._grad_enabled):
+                tables = self._make()
+                self._made = tables if self._scope == "sequence" else tables[0]
             del self._make
         return self._made
 
@@ -222,12 +225,10 @@ class _Joined:
     def __init__(self, base: Tensor, out: SparseOutput, n_memories: int) -> None:
         self._base, self._out, self._n_memories = base, out, n_memories
         self._seen = changes(base)
-        self._grad_enabled = torch.is_grad_enabled()
 
     def __call__(self) -> Tensor:
         require_unchanged("values", self._base, self._seen)
-        with torch.set_grad_enabled(self._grad_enabled):
-            return overlay(self._base, self._out.codes, self._out.rows, self._n_memories)
+        return overlay(self._base, self._out.codes, self._out.rows, self._n_memories)
 
 
 class _LazyOutput(FastWeightOutput):
@@ -267,10 +268,10 @@ def choose_impl(
     """The implementation that runs for ``impl`` on ``device``: ``reference``, ``sparse`` or ``triton``.
 
     ``auto`` on CUDA: ``triton`` where it has kernels for the options, sizes and dtype, unless in scope ``sequence`` a
-    state would hold a table (N,V) of more than 2 GiB for every sequence; else ``reference``, which on an H200 was up to 1.5 times
-    faster than ``sparse`` (n from 32 to 512, K = V from 64 to 512), or ``sparse`` where scope ``sequence`` would copy
-    more than 32 MiB for every sequence. Elsewhere it goes by :func:`resolve_impl`. It depends neither on B nor on T:
-    many sequences with large tables may need ``impl="sparse"`` to fit the card.
+    state would hold a table (N,V) of more than 2 GiB for every sequence; else ``reference``, which on an H200 was up to
+    1.5 times faster than ``sparse`` (n from 32 to 512, K = V from 64 to 512), or ``sparse`` where scope ``sequence``
+    would copy more than 32 MiB for every sequence. Elsewhere it goes by :func:`resolve_impl`. It depends neither on B
+    nor on T: many sequences with large tables may need ``impl="sparse"`` to fit the card.
 
     Raises:
         UserError: an unknown name; or ``triton`` without its package or a kernel, naming ``place`` and the reason.

@@ -46,9 +46,7 @@ class LastTable:
             if self.place is None:
                 self._table = self._made()
             else:
-                # Wherever it is asked for, it is part of the graph of its call.
-                with torch.enable_grad():
-                    self._table = _Made.apply(self.place, self)
+                self._table = _Made.apply(self.place, self)
             del self._parts, self.place
         return self._table
 

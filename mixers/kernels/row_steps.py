@@ -120,9 +120,9 @@ def step_rows_backward(
 ):  # fmt: skip
     """The derivative of the rows that a chunk read from those that it left: M_u + sum over (t,j) -> u of w_tj dread_t.
 
-    M_u, of the row after the chunk, is row ``after`` of ``later`` (E,V); of a row that no later chunk reads it is that of
-    the call's last table, row u of ``d_table`` (M*N,V) if GIVEN, else 0. The sum goes to row ``before`` of ``later``; of
-    a row that no chunk read before, to row u of ``d_table`` if FIRST, else nowhere.
+    M_u, of the row after the chunk, is row ``after`` of ``later`` (E,V); of a row that no later chunk reads it is that
+    of the call's last table, row u of ``d_table`` (M*N,V) if GIVEN, else 0. The sum goes to row ``before`` of
+    ``later``; of a row that no chunk read before, to row u of ``d_table`` if FIRST, else nowhere.
     """
     index = tile * BLOCK_G + tl.arange(0, BLOCK_G)
     exists = index < n_accesses
@@ -216,8 +216,8 @@ def last_accesses_kernel(
 
 
 def last_rows(table: Tensor, slots: Tensor, versions: Tensor, error: Tensor, accesses: Accesses, out: Tensor) -> None:
-    """out (M,N,V): the table after a call, from the given one (1 or M,N,V), the versions (E,V) that its chunks read, and
-    the step of each row's last group, which :func:`mixers.kernels.value_chain.value_chain` leaves out.
+    """out (M,N,V): the table after a call, from the given one (1 or M,N,V), the versions (E,V) that its chunks read,
+    and the step of each row's last group, which :func:`mixers.kernels.value_chain.value_chain` leaves out.
 
     error (M,R,T,V). Bytes: V in and V out for every row, V of errors for every access of a last group.
     """
@@ -253,6 +253,6 @@ def table_step(table: Tensor) -> int:
 
 
 def step_tile_sizes(value_dim: int) -> tuple[int, int, int]:
-    """Accesses that a program of four warps steps together, further accesses of one row at a time, elements of a row."""
+    """Accesses that a program of four warps steps together, further accesses of a row at a time, elements of a row."""
     block_v = min(512, triton.next_power_of_2(value_dim))
-    return max(1, min(8, 4096 // block_v)), 4, block_v
+    return max(1, min(8, 4096 // block_v)), 2, block_v

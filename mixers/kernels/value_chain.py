@@ -104,9 +104,9 @@ def value_chain(
 ) -> None:
     """Read v's predictions from the rows of ``table`` and step the rows that were read, chunk by chunk.
 
-    slots, weights (M,R,T,J), v and ``read`` (M,R,T,V), gate, mask and squared_error (M,R,T). With ``versions`` (E,V) the
-    table (1 or M,N,V) stays as it is: a group's new row goes to its row of ``versions``, and only where a later chunk
-    reads it; ``error`` (M,R,T,V) receives all tokens' errors. Without, table (M,N,V) is stepped in place.
+    slots, weights (M,R,T,J), v and ``read`` (M,R,T,V), gate, mask and squared_error (M,R,T). With ``versions`` (E,V)
+    the table (1 or M,N,V) stays as it is: a group's new row goes to its row of ``versions``, and only where a later
+    chunk reads it; ``error`` (M,R,T,V) receives all tokens' errors. Without, table (M,N,V) is stepped in place.
 
     A chunk is two steps that wait for one another, :func:`read_token` for all of its tokens and :func:`step_rows` for
     all of its groups; the programs of the one launch meet between them.

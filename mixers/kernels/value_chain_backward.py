@@ -131,8 +131,8 @@ def value_chain_backward(
     """Derivatives of all tokens' reads and errors, those of the rows carried back from chunk to chunk.
 
     ``later`` (E,V) takes the derivatives of ``versions`` (E,V) and may be the same memory: each is read for the last
-    time in the chunk whose step writes its derivative. ``d_table`` (M,N,V): if ``given``, at first the derivative of the
-    last table; if ``needs_table``, at the end that of the first, and at first that of the last or 0.
+    time in the chunk whose step writes its derivative. ``d_table`` (M,N,V): if ``given``, at first the derivative of
+    the last table; if ``needs_table``, at the end that of the first, and at first that of the last or 0.
 
     See :func:`token_backward` for the others; the table's step is the transpose of the read,
     :func:`step_rows_backward`. The programs of the one launch meet between the two.
@@ -150,7 +150,8 @@ def value_chain_backward(
         *(later, later if d_table is None else d_table, table, versions, slots, weights, pairs),
         *(accesses.order, accesses.group, accesses.count, accesses.before, accesses.after, accesses.factor),
         *(read, v, v if gate is None else gate, v if mask is None else mask, d_out),
-        *(weights if d_weights is None else d_weights, float(temperature), d_v, d_v if d_gate is None else d_gate, d_half, d_read),
+        *(weights if d_weights is None else d_weights, float(temperature)),
+        *(d_v, d_v if d_gate is None else d_gate, d_half, d_read),
         *(arrived, table.shape[1], table_step(table), n_memories, n_rows, n_tokens, chunk_size),
         *(n_chunks, lookahead),
         HEADS=n_heads,

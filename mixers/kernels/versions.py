@@ -20,8 +20,8 @@ class Accesses(NamedTuple):
 
     order (E,) int64: the accesses by row, then chunk, then access. The others are by access: group (E,) int32: the
     number of its group. count (E,) int32: accesses in its group, where it is the group's first; else 0. before (E,)
-    int32: the version that it reads; -1: the row of the given table. after (E,) int32: its group, if a later chunk reads
-    the row again; else -1. factor (E,): -lr scale / cnt of its row. move (E,): factor times its weight.
+    int32: the version that it reads; -1: the row of the given table. after (E,) int32: its group, if a later chunk
+    reads the row again; else -1. factor (E,): -lr scale / cnt of its row. move (E,): factor times its weight.
     """
 
     order: Tensor
@@ -93,7 +93,7 @@ def versions_kernel(
     row = code // n_chunks
     rate = tl.load(scale + code % n_chunks * n_memories + row // n_table, exists, 0.0)
     first = first_from(codes, code, tl.zeros_like(place), tl.where(exists, place, 0), n_steps)
-    end = first_from(codes, code + 1, tl.where(exists, place, n_accesses), tl.full_like(place, 0) + n_accesses, n_steps)
+    end = first_from(codes, code + 1, tl.where(exists, place, n_accesses), tl.zeros_like(place) + n_accesses, n_steps)
     n_group = end - first
     has_earlier = exists & (first > 0)
     earlier = tl.load(codes + first - 1, has_earlier, 0)
@@ -111,7 +111,7 @@ def versions_kernel(
 
 
 def find_versions(slots: Tensor, weights: Tensor, scale: Tensor, n_slots: int, chunk_size: int) -> Accesses:
-    """Group the accesses of slots (M,R,T,J) int64 with their weights by one stable sort, without a host synchronisation.
+    """Group the accesses of slots (M,R,T,J) int64 with their weights by one stable sort, without waiting on the host.
 
     scale (n_chunks,M): -lr times the scale of the update. Bytes: 4 radix passes over 12 E (codes below 2^31) or 8 over
     16 E; 40 E beside.

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mixers.fwpkm import fast_weight_pkm
-from mixers.fwpkm.reference import ChunkOptions
 
 INPUTS = ("q", "v", "gate", "keys", "values")
 OUTPUTS = ("read", "keys", "values", "weights")
