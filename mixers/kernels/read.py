@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from mixers.kernels.chunk import Chunk, token_of
-from mixers.kernels.launch import launch
+from mixers.kernels.chunk import token_of
 
 
 @triton.jit
@@ -49,47 +47,6 @@ def read_token(
         scratch = (memory.to(tl.int64) * n_rows * n_chunk + query) * VALUE
         tl.store(error + scratch + v_index, token_weight * difference, inside)
         tl.store(squared_error + token, token_weight * (tl.sum(difference * difference, axis=0) / VALUE))
-
-
-@triton.jit(do_not_specialize=["n_table", "n_rows", "n_chunk", "n_tokens", "start"])
-def read_kernel(
-    table,  # (M,N,V)
-    slots,  # (M,R,T,J) int64
-    weights,  # (M,R,T,J)
-    out,  # out (M,R,T,V)
-    n_table,
-    n_rows,
-    n_chunk,
-    n_tokens,
-    start,
-    N_READ: tl.constexpr,
-    VALUE: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    read_token(
-        tl.program_id(0), tl.program_id(1), table, slots, weights, out, weights, out, out, weights,
-        n_table, n_rows, n_chunk, n_tokens, start, 0, N_READ, VALUE, False, BLOCK_J, BLOCK_V,
-    )  # fmt: skip
-
-
-def read_rows(table: Tensor, slots: Tensor, weights: Tensor, out: Tensor, chunk: Chunk) -> None:
-    """out (M,R,T,V) = sum_j weights_j table[slots_j] for table (M,N,V), slots and weights (M,R,T,J).
-
-    Bytes per token: J V table elements in, V out, 12 J of slots and weights.
-    """
-    value_dim, n_read = table.shape[-1], slots.shape[-1]
-    block_v = triton.next_power_of_2(value_dim)
-    launch(
-        read_kernel,
-        (chunk.n_queries, chunk.n_memories),
-        *(table, slots, weights, out, table.shape[1], *chunk.sizes),
-        N_READ=n_read,
-        VALUE=value_dim,
-        BLOCK_J=rows_at_once(n_read, block_v),
-        BLOCK_V=block_v,
-        num_warps=4 if block_v >= 512 else 2 if block_v >= 256 else 1,
-    )
 
 
 def rows_at_once(n_read: int, block_v: int) -> int:

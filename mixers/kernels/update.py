@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from mixers.kernels.chunk import Chunk
-from mixers.kernels.groups import Groups
-from mixers.kernels.launch import launch
 
 
 @triton.jit
@@ -84,59 +79,6 @@ def step_positions(
         # All threads have loaded before one stores.
         tl.debug_barrier()
         tl.store(touched + target, tl.full(target.shape, 1, dtype=tl.int8), starts)
-
-
-@triton.jit(do_not_specialize=["first_position", "end_position", "n_chunk", "n_tokens", "start", "n_table"])
-def update_kernel(
-    table,  # in and out (M*N,V)
-    source,  # (M,S,V)
-    weights,  # (E,)
-    order,
-    row,
-    first_of,
-    count_of,  # (E,) each
-    first_position,
-    end_position,
-    n_chunk,
-    n_tokens,
-    start,
-    n_table,
-    N_READ: tl.constexpr,
-    VALUE: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    position = first_position + tl.program_id(0).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
-    step_positions(
-        position, end_position, table, source, weights, weights, order, row, first_of, count_of, table, table,
-        n_chunk, n_tokens, start, n_table, N_READ, VALUE, False, False, False, BLOCK_G, BLOCK_E, BLOCK_V,
-    )  # fmt: skip
-
-
-def add_rows(table: Tensor, source: Tensor, weights: Tensor, groups: Groups, chunk: Chunk) -> None:
-    """table_u += sum over the chunk's accesses (t,j) -> u of w_tj source_t, in place: the transpose of the read.
-
-    table (M,N,V), source (M,S,V), weights (M,R,T,J).
-    """
-    value_dim, n_read = table.shape[-1], weights.shape[-1]
-    n_sequences = chunk.n_memories * chunk.n_rows
-    first = chunk.start * n_sequences * n_read
-    n_positions = n_sequences * chunk.n_chunk * n_read
-    block_v = min(512, triton.next_power_of_2(value_dim))
-    block_g = 1
-    launch(
-        update_kernel,
-        (triton.cdiv(n_positions, block_g),),
-        *(table, source, weights, *groups, first, first + n_positions),
-        *(chunk.n_chunk, chunk.n_tokens, chunk.start, table.shape[1]),
-        N_READ=n_read,
-        VALUE=value_dim,
-        BLOCK_G=block_g,
-        BLOCK_E=4,
-        BLOCK_V=block_v,
-        num_warps=4 if block_v >= 512 else 2 if block_v >= 256 else 1,
-    )
 
 
 def update_tile_sizes(value_dim: int) -> tuple[int, int, int]:

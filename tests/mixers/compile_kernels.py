@@ -13,7 +13,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mixers.kernels.chunk import Chunk
 from mixers.kernels.groups import Groups
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -74,9 +73,9 @@ def launch_all(heads: int, top_k: int, n: int, key_dim: int, value_dim: int, sco
         address,
         key_chain,
         key_chain_backward,
-        read,
         row_dots,
-        update,
+        row_gradients,
+        row_sums,
         value_chain,
         value_chain_backward,
     )
@@ -111,10 +110,10 @@ def launch_all(heads: int, top_k: int, n: int, key_dim: int, value_dim: int, sco
         pairs, groups, row, row, each, row, joint if is_small else None, 1.0, row, each, listed, 512, 1,
         needs_values=is_small,
     )  # fmt: skip
-    chunk = Chunk(1, 8, 4096, 0, 4096)
-    read.read_rows(table, slots, joint, row, chunk)
-    row_dots.row_dots(table, slots, row, joint, chunk)
-    update.add_rows(table, row, joint, groups, chunk)
+    slots, joint, row = (part.flatten(1, 2) for part in (slots, joint, row))
+    row_sums.row_sums(table, slots, joint, row)
+    row_dots.row_dots(table, slots, row, joint)
+    row_gradients.row_gradients(table, slots, joint, row, sums=True, dots=True)
 
 
 def main() -> None:
@@ -122,9 +121,9 @@ def main() -> None:
         "address",
         "key_chain",
         "key_chain_backward",
-        "read",
         "row_dots",
-        "update",
+        "row_gradients",
+        "row_sums",
         "value_chain",
         "value_chain_backward",
     ):
