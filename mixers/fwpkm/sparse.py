@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mixers.errors import UserError
+from mixers.fwpkm.kept_memory import room_for
 from mixers.fwpkm.reference import ChunkOptions
 from mixers.fwpkm.sparse_keys import (
     Addresses,
@@ -152,7 +153,7 @@ class _SparseChunks(torch.autograd.Function):
         now = keys.reshape(-1, *keys.shape[-2:])
 
         n_met, row_bytes = codes.numel(), v.shape[-1] * v.element_size()
-        read = torch.empty_like(v)
+        read = room_for(v.shape, v)
         slots, weights, stages, all_spans = [], [], [], []
         squared_error, entropy = q.new_zeros(()), q.new_zeros(())
         for parts in call.stages:
@@ -259,7 +260,7 @@ class _SparseChunks(torch.autograd.Function):
         if d_rows is not None:
             d_table[: d_rows.shape[0]] = d_rows
 
-        d_q, d_v = torch.empty_like(q), torch.empty_like(v)
+        d_q, d_v = room_for(q.shape, q), room_for(v.shape, v)
         d_gate = None if gate is None else torch.zeros_like(gate)
         d_now = None if d_keys is None else d_keys.reshape(-1, *key_shape[-2:])
         for parts, stage, spans in zip(reversed(call.stages), reversed(stages), reversed(ctx.spans), strict=True):

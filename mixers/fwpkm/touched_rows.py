@@ -10,7 +10,6 @@ one chunk after another, D distinct pairs of chunk and row, U rows, V width of a
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import NamedTuple
@@ -18,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mixers.fwpkm.kept_memory import LARGE_BYTES, room_for
 from mixers.fwpkm.sparse_rows import bag_sums, first_of_runs, gather_sum, stable_sort
 
-LARGE_BYTES = 8 * 2**20
 BLOCK_BYTES = 2 * 2**20
 
 
@@ -183,7 +182,7 @@ class TouchedRows:
         n_given = codes.numel()
         if n_accesses * rows.shape[1] * rows.element_size() >= LARGE_BYTES:
             n_accesses = n_writing
-        self.table = _room_for(min(n_given + n_accesses, n_memories * base.shape[1]), rows)
+        self.table = room_for((min(n_given + n_accesses, n_memories * base.shape[1]), rows.shape[1]), rows)
         self.table[:n_given] = rows
 
     def plan(self, codes: Tensor, n_each: list[int], n_read: int) -> tuple[Plan, list[Span]]:
@@ -224,21 +223,6 @@ class TouchedRows:
             self.table.index_add_(0, made.rows[block.row : block.row_stop], changes)
         else:
             self.table[block.place : block.place + changes.shape[0]] += changes
-
-
-def _room_for(n_rows: int, like: Tensor) -> Tensor:
-    """An uninitialised table (n_rows,V). A large one comes on huge pages where the system has them: handing out its
-    pages one by one otherwise takes longer than filling them (64 MiB on Linux: 42 ms, and 15 ms so)."""
-    n_bytes = n_rows * like.shape[1] * like.element_size()
-    if like.device.type != "cpu" or n_bytes < LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return like.new_empty(n_rows, like.shape[1])
-    try:
-        memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # no huge pages, or no memory, which torch says in its own words
-        return like.new_empty(n_rows, like.shape[1])
-    # The tensor keeps the memory alive.
-    return torch.frombuffer(memory, dtype=like.dtype).view(n_rows, like.shape[1])
 
 
 class UntouchedRows:
