@@ -46,8 +46,8 @@ def room_for(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def _let_the_heap_keep() -> None:
-    """Have glibc keep freed memory of the process up to twice this block: the largest that it has mapped and seen freed
-    is its measure. Else what a chunk needs for a moment goes back to the system and is cleared again for the next, 4,600
+    """Have glibc keep freed memory of the process up to twice this block: its measure is the largest that it mapped and
+    saw freed. Else what a chunk needs for a moment goes back to the system and is cleared again for the next: 4,600
     pages of 4 KB in a call. Nothing is written to the block."""
     torch.empty(LARGEST_MAPPED_BYTES, dtype=torch.uint8)
 

@@ -174,7 +174,8 @@ class _SparseChunks(torch.autograd.Function):
             factors = call.row_factors(plan, spans, parts, base.shape[1])
             a = [chunk for choice in choices for chunk in choice.weights.unbind()]
             all_a = torch.cat([choice.weights.flatten() for choice in choices])
-            shares = Shares(all_a.index_select(0, plan.order), factors.index_select(0, plan.order))
+            in_order = all_a.index_select(0, plan.order)
+            shares = Shares(in_order, in_order * factors.index_select(0, plan.order))
             for i, (part, is_written) in enumerate(parts):
                 span = spans[i]
                 old_rows.append(table.kept(plan, span) if keep else None)
