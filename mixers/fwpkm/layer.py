@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mixers.base import Mixer, MixerConfig, MixerOutput, ParameterOptions, Traits, state_bytes
-from mixers.fwpkm.functional import FastWeightOutput, choose_impl, empty_rows, fast_weight_pkm
+from mixers.fwpkm.functional import FastWeightOutput, choose_impl, empty_rows, fast_weight_pkm, read_and_forget
 from mixers.fwpkm.reference import ChunkOptions
 from mixers.fwpkm.sparse import write_chunks_sparsely
 from mixers.fwpkm.touched_rows import in_code_order, overlay
@@ -186,9 +186,13 @@ class FastWeightPKM(Mixer):
     @property
     def _keeps_rows(self) -> bool:
         """Whether states hold the written rows: the layer's own sparse form. A variant's ``write`` gets tables."""
+        return self._writes_as_usual and self.impl == "sparse"
+
+    @property
+    def _writes_as_usual(self) -> bool:
+        """Whether this is no variant with a ``write`` or ``read_memory`` of its own."""
         cls = type(self)
-        is_own = cls.write is FastWeightPKM.write and cls.read_memory is FastWeightPKM.read_memory
-        return is_own and self.impl == "sparse"
+        return cls.write is FastWeightPKM.write and cls.read_memory is FastWeightPKM.read_memory
 
     @property
     def state_scope(self) -> str:
@@ -321,7 +325,12 @@ class FastWeightPKM(Mixer):
         n_written = n_full if return_state or n_full < n_waiting + n_new else n_full - c.chunk_size
         n_written = max(n_written, 0)
         pairs = None if mask is None else _pair_mask(mask, c.lookahead)
-        advance = self._advance_rows if self._keeps_rows else self._advance_tables
+        if self._keeps_rows:
+            advance = self._advance_rows
+        elif n_written and not return_state and self._writes_as_usual and self.impl == "triton":
+            advance = self._advance_nothing
+        else:
+            advance = self._advance_tables
         read, slots, state, losses = advance(q, v, gate, pairs, state, n_waiting, n_written)
         if return_state and n_written:
             codes, rows = in_code_order(state.codes, state.rows)
@@ -369,6 +378,21 @@ class FastWeightPKM(Mixer):
         new = slice(n_waiting - first, None)
         slots = out.slots[:, new].unflatten(-1, (self.config.n_heads, self.config.top_k))
         return out.read[:, new], slots, state, losses
+
+    def _advance_nothing(
+        self,
+        q: Tensor,
+        v: Tensor,
+        gate: Tensor | None,
+        pairs: Tensor | None,
+        state: FastWeightState,
+        n_waiting: int,
+        n_written: int,
+    ) -> tuple[Tensor, Tensor, FastWeightState, dict[str, Tensor]]:
+        """The same where the call's last chunk only reads and the state does not go on: no table is made."""
+        out = read_and_forget(q, v, gate, *self.tables(state), pairs, self._options())
+        losses = {"value_loss": out.value_loss, "address_loss": out.address_loss}
+        return out.read[:, n_waiting:], out.slots[:, n_waiting:], state, losses
 
     def _advance_tables(
         self,
