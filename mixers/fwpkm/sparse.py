@@ -473,10 +473,8 @@ class _Call:
         read = on_tokens.view(self.q.shape[0], -1, on_tokens.shape[-1])[:, :n_writing]
         difference = read - self.v[:, part.stop - n_writing : part.stop]
         assert n_writing == 0 or part.start + lookahead == part.stop - n_writing
-        weight = read.new_ones(read.shape[:2])
         writing = slice(part.start, part.start + n_writing)
-        if self.gate is not None:
-            weight = weight * self.gate[:, writing]
+        weight = read.new_ones(read.shape[:2]) if self.gate is None else self.gate[:, writing]
         if self.mask is not None:
             weight = weight * self.mask[:, writing]
         return difference, weight
@@ -486,7 +484,7 @@ class _Call:
         n_writing = difference.shape[1]
         error = self.v.new_empty(self.q.shape[0], part.stop - part.start, self.v.shape[-1])
         torch.mul(difference, weight.unsqueeze(-1), out=error[:, :n_writing])
-        error[:, n_writing:] = 0
+        error[:, n_writing:].zero_()
         return error.flatten(0, 1)
 
     def error_backward(

@@ -200,12 +200,13 @@ class TouchedRows:
         if n_accesses * rows.shape[1] * rows.element_size() >= LARGE_BYTES:
             n_accesses = n_writing
         self.table = room_for((min(n_given + n_accesses, n_memories * base.shape[1]), rows.shape[1]), rows)
-        self.table[:n_given] = rows
+        if n_given:
+            self.table[:n_given] = rows
 
     def plan(self, codes: Tensor, n_each: list[int], n_read: int) -> tuple[Plan, list[Span]]:
         """The plan of the next chunks: codes (E,) of their accesses."""
         made, spans = plan(codes, n_each, n_read, self.codes)
-        self.codes = torch.cat([self.codes, made.new_codes])
+        self.codes = torch.cat([self.codes, made.new_codes]) if self.codes.numel() else made.new_codes
         return made, spans
 
     def kept(self, made: Plan, span: Span) -> Tensor:
@@ -239,7 +240,7 @@ class TouchedRows:
         if block.place is None:
             self.table.index_add_(0, made.rows[block.row : block.row_stop], changes)
         else:
-            self.table[block.place : block.place + changes.shape[0]] += changes
+            self.table[block.place : block.place + changes.shape[0]].add_(changes)
 
 
 class UntouchedRows:
