@@ -52,5 +52,9 @@ def test_several_norms_of_one_input_are_those_of_each(dtype):
     found = []
     for out in (norms_of(x, norms), [norm(x) for norm in norms]):
         found.append([*out, *torch.autograd.grad(sum((y * y).sum() for y in out), parts)])
+    # The three derivatives on x are rounded to bfloat16 before they are added up, or after.
+    tolerance = {"rtol": 0.05, "atol": 0.2} if dtype == torch.bfloat16 else {}
     for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, **tolerance)
+    for got, want in zip(*(outs[:3] for outs in found), strict=True):
         torch.testing.assert_close(got, want)
