@@ -6,6 +6,7 @@ one when they are first written, and several times as slowly beside a process th
 
 from __future__ import annotations
 
+import functools
 import mmap
 import weakref
 from contextlib import suppress
@@ -13,6 +14,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+# Of a call with a tensor of this size, the rest is worth being kept too.
+NOTABLE_BYTES = 2**20
 LARGE_BYTES = 8 * 2**20
 # What no tensor uses any more and is kept for the next call, at most.
 KEPT_BYTES = 128 * 2**20
@@ -29,11 +32,12 @@ def room_for(shape: tuple[int, ...], like: Tensor) -> Tensor:
     otherwise. Its memory is kept for another such tensor when the last that shares it is gone.
     """
     n_bytes = torch.Size(shape).numel() * like.element_size()
+    if like.device.type == "cpu" and n_bytes >= NOTABLE_BYTES:
+        _let_the_heap_keep()
     if like.device.type != "cpu" or n_bytes < LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return like.new_empty(shape)
     memory = _take(n_bytes)
     if memory is None:
-        _let_the_heap_keep()
         try:
             memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             memory.madvise(mmap.MADV_HUGEPAGE)
@@ -45,10 +49,11 @@ def room_for(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return like.new_empty(0).set_(torch.frombuffer(buffer, dtype=like.dtype).untyped_storage(), 0, shape)
 
 
+@functools.cache
 def _let_the_heap_keep() -> None:
-    """Have glibc keep freed memory of the process up to twice this block: the largest that it has mapped and seen freed
-    is its measure. Else what a chunk needs for a moment goes back to the system and is cleared again for the next, 4,600
-    pages of 4 KB in a call. Nothing is written to the block."""
+    """Once: have glibc keep freed memory of the process, up to twice this block. Its measure is the largest block that
+    it mapped and saw freed. Else what a chunk needs for a moment goes back to the system and is cleared again for the
+    next: some 5,000 pages of 4 KB in a call. Nothing is written to the block."""
     torch.empty(LARGEST_MAPPED_BYTES, dtype=torch.uint8)
 
 

@@ -12,9 +12,10 @@ from mixers.base import Mixer, MixerConfig, MixerOutput, ParameterOptions, Trait
 from mixers.fwpkm.functional import FastWeightOutput, choose_impl, empty_rows, fast_weight_pkm, read_and_forget
 from mixers.fwpkm.reference import ChunkOptions
 from mixers.fwpkm.sparse import write_chunks_sparsely
+from mixers.fwpkm.sparse_rows import ascending
 from mixers.fwpkm.touched_rows import in_code_order, overlay
 from mixers.masking import zero_padding
-from mixers.norms import RMSNorm
+from mixers.norms import RMSNorm, norms_of
 from mixers.product_keys import read, select
 from mixers.registry import register
 
@@ -267,16 +268,16 @@ class FastWeightPKM(Mixer):
         if state is None:
             state = self._start(n_sequences, x.device, x.dtype, outlives_call=return_state)
 
-        q = self.q_proj(self.q_norm(x)).view(n_sequences, n_tokens, c.n_heads, self.key_dim)
-        v = self.v_proj(self.v_norm(x))
+        has_gate = c.use_gate or c.gate_weighting
+        for_q, for_v, *for_gate = norms_of(x, [self.q_norm, self.v_norm, *([self.gate_norm] if has_gate else [])])
+        q = self.q_proj(for_q).view(n_sequences, n_tokens, c.n_heads, self.key_dim)
+        v = self.v_proj(for_v)
         if c.z_score and n_tokens:
             # The norm of what is left is the deviation times sqrt(V - 1); Tensor.std takes three times as long.
             v = v - v.mean(-1, keepdim=True)
             deviation = torch.linalg.vector_norm(v, dim=-1, keepdim=True) * (self.value_dim - 1) ** -0.5
             v = v / (deviation + ZSCORE_EPS)
-        gate = None
-        if c.use_gate or c.gate_weighting:
-            gate = torch.sigmoid(self.gate_proj(self.gate_norm(x)).mean(-1))
+        gate = torch.sigmoid(self.gate_proj(for_gate[0]).mean(-1)) if has_gate else None
 
         with torch.autocast(x.device.type, enabled=False):
             memory_dtype = state.keys.dtype
@@ -288,7 +289,7 @@ class FastWeightPKM(Mixer):
             )
         mixed = rows.to(v.dtype)
         if c.use_gate:
-            mixed = gate.unsqueeze(-1) * mixed + (1 - gate).unsqueeze(-1) * v
+            mixed = torch.lerp(v, mixed, gate.to(v.dtype).unsqueeze(-1))
         y = self.out_proj(self.out_norm(mixed))
         y = zero_padding(y, mask)
         return MixerOutput(y, state if return_state else None, self._aux(gate, slots, losses))
@@ -332,7 +333,9 @@ class FastWeightPKM(Mixer):
         else:
             advance = self._advance_tables
         read, slots, state, losses = advance(q, v, gate, pairs, state, n_waiting, n_written)
-        if return_state and n_written:
+        if not return_state:
+            return read, slots, state, losses
+        if n_written:
             codes, rows = in_code_order(state.codes, state.rows)
             state = state._replace(codes=codes, rows=rows)
 
@@ -525,7 +528,7 @@ def _slot_use(slots: Tensor, n_slots: int) -> dict[str, Tensor]:
     coverage: share of all slots that a sequence reads at least once. collisions: share of its reads that go to a slot
     which it read before. kl_uniform: KL divergence of its reads' distribution from uniform over the slots, in nats.
     """
-    in_order = slots.flatten(1).sort(1).values
+    in_order = ascending(slots.flatten(1))
     n_reads = in_order.shape[1]
     # By runs of equal slots, not by a histogram: one token's reads must not cost a pass over all N.
     is_first = torch.ones_like(in_order, dtype=torch.bool)
