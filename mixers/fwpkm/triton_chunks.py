@@ -85,7 +85,7 @@ class _Kept(NamedTuple):
     """What the backward needs of a forward, besides its inputs. E = M*R*T*J accesses, n_chunks = ceil(T / C).
 
     keys (n_chunks,M,H,2,n,K/2): as each chunk used them. indices, measures, probabilities (M,R,T,H,2,k). pairs, slots,
-    weights (M,R,T,J). read (M,R,T,V). mean (n_chunks,M,2,n). pair_weight (M,R,T). scale (n_chunks,M): -lr * scale.
+    weights (M,R,T,J). read (M,R,T,V). mean (n_chunks,M,2,n). totals (n_chunks,M,H,2,n) of the keys' steps. pair_weight (M,R,T). scale (n_chunks,M): -lr * scale.
     order, row, first, count: :class:`Groups`. overwritten (E,V).
     """
 
@@ -98,6 +98,7 @@ class _Kept(NamedTuple):
     weights: Tensor
     read: Tensor
     mean: Tensor
+    totals: Tensor
     pair_weight: Tensor
     scale: Tensor
     order: Tensor
@@ -140,7 +141,10 @@ def _forward(
 
     # Without a step nothing is used, and the loss is 0.
     mean = (q.new_empty if o.address_weight else q.new_zeros)(n_chunks, n_memories, 2, n_subkeys)
-    key_chain(q, all_keys, indices, measures, probabilities, mean, o.chunk_size, o.score, o.lr, o.address_weight)
+    totals = q.new_empty(n_kept_keys - 1, *keys.shape[:-1])
+    key_chain(
+        q, all_keys, indices, measures, probabilities, mean, totals, o.chunk_size, o.score, o.lr, o.address_weight
+    )
     combine(indices, measures, pairs, slots, weights, n_subkeys, o.score, o.temperature)
     groups = group_accesses(slots, values.shape[1], o.chunk_size)
     pair_weight = _pair_weight(q, gate, mask, o)
@@ -166,8 +170,8 @@ def _forward(
     if overwritten is None:
         return out, None
     kept = _Kept(
-        all_keys, indices, measures, probabilities, pairs, slots, weights, read, mean, pair_weight, scale, *groups,
-        overwritten,
+        all_keys, indices, measures, probabilities, pairs, slots, weights, read, mean, totals, pair_weight, scale,
+        *groups, overwritten,
     )  # fmt: skip
     return out, kept
 
@@ -290,8 +294,8 @@ def _backward(
     d_q = torch.empty_like(q)
     d_keys = q.new_zeros(keys_shape) if d_keys is None else d_keys.clone(memory_format=torch.contiguous_format)
     key_chain_backward(
-        q, kept.keys, d_keys, kept.indices, kept.measures, kept.probabilities, d_half, kept.mean, d_q, o.chunk_size,
-        o.score, o.lr, o.address_weight, needs_keys=needs_keys,
+        q, kept.keys, d_keys, kept.indices, kept.measures, kept.probabilities, d_half, kept.mean, kept.totals, d_q,
+        o.chunk_size, o.score, o.lr, o.address_weight, needs_keys=needs_keys,
     )  # fmt: skip
     return d_q, d_v, d_pair_weight, d_keys if needs_keys else None, later if needs_values else None
 

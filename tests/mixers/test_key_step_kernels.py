@@ -19,8 +19,7 @@ def test_long_lists(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from mixers.product_keys import IDW_EPS
 
     # Tiles smaller than what they are used for: several lists, queries and accesses one after the other.
-    monkeypatch.setattr(key_chain, "list_tile_sizes", lambda n_queries: (4, 16))
-    monkeypatch.setattr(key_chain, "step_tiles", lambda half_dim, n_subkeys: StepTiles(2, 4, 2, 2, 2))
+    monkeypatch.setattr(key_chain, "step_tiles", lambda *sizes: StepTiles(3, 4, 2, 4, 2, 2, 2, 2, 32))
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -34,8 +33,9 @@ def test_long_lists(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = (1, n_rows, n_tokens, heads, 2, k)
     indices = torch.zeros(listed, dtype=torch.int32, device=DEVICE)
     measures, probabilities, mean = q.new_empty(listed), q.new_empty(listed), q.new_empty(2, 1, 2, n)
+    totals = q.new_empty(2, 1, heads, 2, n)
     lr, weight = 0.7, 0.3
-    key_chain.key_chain(q, keys, indices, measures, probabilities, mean, n_chunk, score, lr, weight)
+    key_chain.key_chain(q, keys, indices, measures, probabilities, mean, totals, n_chunk, score, lr, weight)
 
     halves = q.view(1, n_rows, n_tokens, heads, 2, 3)
     for chunk, inside in enumerate((slice(0, 10), slice(10, 12))):
