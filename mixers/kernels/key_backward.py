@@ -10,18 +10,11 @@ from mixers.kernels.key_step import entropy_slope
 
 
 @triton.jit
-def wide_row(BLOCK_D: tl.constexpr):
-    """The elements of a row, BLOCK_D in parts of at most 128: no sum over a row waits for another warp."""
-    WIDE: tl.constexpr = min(BLOCK_D, 128)
-    return (tl.arange(0, BLOCK_D // WIDE) * WIDE)[:, None] + tl.arange(0, WIDE)[None, :]
-
-
-@triton.jit
 def direction_rows(
     tile, q, later, key_dots, indices, measures, probabilities, directions, tangents,
     n_rows, n_chunk, n_tokens, start,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, TOP_K: tl.constexpr,
-    IDW: tl.constexpr, IDW_EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    IDW: tl.constexpr, IDW_EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Of a tile of half queries: the direction along which the addressing step's Hessian is needed, and its tangent.
 
@@ -31,25 +24,21 @@ def direction_rows(
     Bytes per token: 2 H k K/2 elements of G (from the L2 cache), H K of q.
     """
     row, q_row, exists, memory, half_head = half_queries(tile, n_rows, n_chunk, n_tokens, start, HEADS, ROWS)
-    d = wide_row(BLOCK_D)
-    inside = exists[:, None, None] & (d < HALF)[None, :, :]
-    q_tile = tl.load(q + q_row[:, None, None] * HALF + d[None, :, :], inside, 0.0)
-    first_key = (memory * (2 * HEADS) + half_head).to(tl.int64) * SUBKEYS
-    place = tl.arange(0, 32)
-    direction = tl.zeros((ROWS, 32), dtype=q.dtype.element_ty)
-    # Four rows at a time are under way; those past the k-th are of some sub-key and count nothing.
-    for first in range(0, TOP_K, 4):
-        for next in tl.static_range(4):
-            j = first + next
-            known = exists & (tl.zeros((ROWS,), dtype=tl.int32) + j < TOP_K)
-            key_row = first_key + tl.load(indices + q_row * TOP_K + j, known, 0)
-            later_tile = tl.load(later + key_row[:, None, None] * HALF + d[None, :, :], inside, 0.0)
-            along = tl.sum(tl.sum(q_tile * later_tile, axis=1), axis=1)
-            if IDW:
-                along = 2 * (tl.load(key_dots + key_row) - along)
-            direction = tl.where((place == j)[None, :], along[:, None], direction)
+    place = tl.arange(0, BLOCK_K)
     listed = exists[:, None] & (place < TOP_K)[None, :]
     entry = q_row[:, None] * TOP_K + place[None, :]
+    index = tl.load(indices + entry, listed, 0)
+    key_row = (memory * (2 * HEADS) + half_head).to(tl.int64)[:, None] * SUBKEYS + index
+    direction = tl.zeros(index.shape, dtype=q.dtype.element_ty)
+    # Few elements of many rows at a time: what queries have in common is still near when the next one needs it.
+    for first in range(0, HALF, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        q_tile = tl.load(q + q_row[:, None] * HALF + d[None, :], exists[:, None] & (d < HALF)[None, :], 0.0)
+        inside = listed[:, :, None] & (d < HALF)[None, None, :]
+        later_tile = tl.load(later + key_row[:, :, None] * HALF + d[None, None, :], inside, 0.0)
+        direction += tl.sum(q_tile[:, None, :] * later_tile, axis=2)
+    if IDW:
+        direction = 2 * (tl.load(key_dots + key_row, listed, 0.0) - direction)
     if IDW:
         score_direction = -direction / (IDW_EPS + tl.load(measures + entry, listed, 0.0))
     else:
@@ -66,7 +55,7 @@ def gradient_rows(
     d_q, coefficients, lr, address_weight, n_shares, n_memories, n_rows, n_chunk, n_tokens, start,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, TOP_K: tl.constexpr,
     IDW: tl.constexpr, IDW_EPS: tl.constexpr, ENTROPY_EPS: tl.constexpr, STEP: tl.constexpr,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Of a tile of half queries: their part of d_q (M,R,T,H,K), and their coefficients on the keys' derivative.
 
@@ -81,23 +70,24 @@ def gradient_rows(
     2 H K of q and d_q.
     """
     row, q_row, exists, memory, half_head = half_queries(tile, n_rows, n_chunk, n_tokens, start, HEADS, ROWS)
-    place = tl.arange(0, 32)
+    place = tl.arange(0, BLOCK_K)
     listed = exists[:, None] & (place < TOP_K)[None, :]
     entry = q_row[:, None] * TOP_K + place[None, :]
+    index = tl.load(indices + entry, listed, 0)
     coefficient = tl.load(d_half + entry, listed, 0.0)
     inverse = 1.0
     if IDW:
         inverse = 1.0 / (IDW_EPS + tl.load(measures + entry, listed, 0.0))
         coefficient = -coefficient * inverse
-    later_coefficient = tl.zeros((ROWS, 32), dtype=q.dtype.element_ty)
+    later_coefficient = tl.zeros((ROWS, BLOCK_K), dtype=q.dtype.element_ty)
     if STEP:
-        use = (memory * 2 * SUBKEYS + half_head % 2 * SUBKEYS)[:, None] + tl.load(indices + entry, listed, 0)
+        use = (memory * 2 * SUBKEYS + half_head % 2 * SUBKEYS)[:, None] + index
         used = tl.load(mean + use, listed, 1.0)
         share = tl.load(probabilities + entry, listed, 0.0)
         tangent = tl.load(tangents + entry, listed, 0.0)
         slope, on_score = entropy_slope(share, used, address_weight, n_shares, listed, ENTROPY_EPS)
         near = 1.0 / (used + ENTROPY_EPS)
-        used_tangent = tl.zeros((ROWS, 32), dtype=q.dtype.element_ty)
+        used_tangent = tl.zeros((ROWS, BLOCK_K), dtype=q.dtype.element_ty)
         for split in tl.static_range(SPLITS):
             used_tangent += tl.load(tangent_sums + split * n_memories * (2 * SUBKEYS) + use, listed, 0.0)
         slope_tangent = address_weight * (near + ENTROPY_EPS * near * near) * (used_tangent / n_shares) / n_shares
@@ -116,28 +106,20 @@ def gradient_rows(
         coefficient = 2 * coefficient
     tl.store(coefficients + entry, coefficient, listed)
 
-    d = wide_row(BLOCK_D)
-    inside = exists[:, None, None] & (d < HALF)[None, :, :]
-    at = q_row[:, None, None] * HALF + d[None, :, :]
-    first_key = (memory * (2 * HEADS) + half_head).to(tl.int64) * SUBKEYS
-    q_tile = tl.load(q + at, inside, 0.0)
-    gradient = tl.zeros(q_tile.shape, dtype=q.dtype.element_ty)
-    # Four rows at a time are under way; those past the k-th are of some sub-key and count nothing.
-    for first in range(0, TOP_K, 4):
-        for next in tl.static_range(4):
-            j = first + next
-            known = exists & (tl.zeros((ROWS,), dtype=tl.int32) + j < TOP_K)
-            key_row = first_key + tl.load(indices + q_row * TOP_K + j, known, 0)
-            offset = key_row[:, None, None] * HALF + d[None, :, :]
-            here = (place == j)[None, :]
-            x = tl.sum(tl.where(here, coefficient, 0.0), axis=1)[:, None, None]
-            key_tile = tl.load(keys + offset, inside, 0.0)
-            if IDW:
-                gradient += x * (q_tile - key_tile)
-            else:
-                gradient += x * key_tile
-            if STEP:
-                y = tl.sum(tl.where(here, later_coefficient, 0.0), axis=1)[:, None, None]
-                moved = y * tl.load(later + offset, inside, 0.0)
-                gradient = gradient - moved if IDW else gradient + moved
-    tl.store(d_q + at, gradient, inside)
+    key_row = (memory * (2 * HEADS) + half_head).to(tl.int64)[:, None] * SUBKEYS + index
+    for first in range(0, HALF, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        q_inside = exists[:, None] & (d < HALF)[None, :]
+        inside = listed[:, :, None] & (d < HALF)[None, None, :]
+        offset = key_row[:, :, None] * HALF + d[None, None, :]
+        key_tile = tl.load(keys + offset, inside, 0.0)
+        if IDW:
+            q_tile = tl.load(q + q_row[:, None] * HALF + d[None, :], q_inside, 0.0)
+            gradient = tl.sum(coefficient[:, :, None] * (q_tile[:, None, :] - key_tile), axis=1)
+        else:
+            gradient = tl.sum(coefficient[:, :, None] * key_tile, axis=1)
+        if STEP:
+            later_tile = tl.load(later + offset, inside, 0.0)
+            moved = tl.sum(later_coefficient[:, :, None] * later_tile, axis=1)
+            gradient = gradient - moved if IDW else gradient + moved
+        tl.store(d_q + q_row[:, None] * HALF + d[None, :], gradient, q_inside)

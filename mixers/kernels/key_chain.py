@@ -202,9 +202,7 @@ def key_chain(
     step = address_weight != 0
     block_n, block_k = triton.next_power_of_2(n_subkeys), triton.next_power_of_2(top_k)
     programs = n_programs(q, PROGRAMS)
-    rank_s, rank_n, rank_d, rank_stages = rank_tile_sizes(
-        n_half_queries, n_subkeys, half_dim, programs, shared_bytes(q, PROGRAMS)
-    )
+    rank_s, rank_n, rank_d, rank_stages = rank_tile_sizes(n_subkeys, half_dim, shared_bytes(q, PROGRAMS))
     n_chunk_rows = min(chunk_size, n_tokens) * n_heads * 2
     tiles = step_tiles(n_tables, n_subkeys, half_dim, top_k, n_most, programs)
     n_each = tiles.n_each(n_most)
@@ -240,7 +238,7 @@ def key_chain(
         RANK_N=rank_n,
         RANK_D=rank_d,
         RANK_STAGES=rank_stages,
-        ROWS=row_tile_size(n_chunk_rows, n_memories * n_rows, 4096 // block_n, programs),
+        ROWS=row_tile_size(n_chunk_rows, n_memories * n_rows, 8192 // block_n, programs),
         SPLIT_ROWS=row_tile_size(n_chunk_rows, n_memories * n_rows, max(1, 8192 // tiles.move_d), programs),
         **tile_constants(tiles),
         BLOCK_N=block_n,

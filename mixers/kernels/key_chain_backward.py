@@ -74,6 +74,7 @@ def key_chain_backward_kernel(
     IDW_EPS: tl.constexpr,
     ENTROPY_EPS: tl.constexpr,
     ROWS: tl.constexpr,
+    ROW_D: tl.constexpr,
     SPLIT_ROWS: tl.constexpr,
     USE_SPLITS: tl.constexpr,
     USE_U: tl.constexpr,
@@ -120,7 +121,8 @@ def key_chain_backward_kernel(
             for tile in range(program, n_tiles, n_together):
                 direction_rows(
                     tile, q, d_keys, key_dots, indices, measures, probabilities, directions, tangents,
-                    n_rows, n_chunk, n_tokens, start, HEADS, SUBKEYS, HALF, TOP_K, IDW, IDW_EPS, ROWS, MOVE_D,
+                    n_rows, n_chunk, n_tokens, start, HEADS, SUBKEYS, HALF, TOP_K,
+                    IDW, IDW_EPS, ROWS, ROW_D, BLOCK_K,
                 )  # fmt: skip
         if chunk >= last_step:
             n_split_tiles = n_row_tiles(n_memories, n_rows, n_chunk, HEADS, SPLIT_ROWS)
@@ -146,7 +148,8 @@ def key_chain_backward_kernel(
                 tile, q, now, d_keys, indices, measures, probabilities, directions, tangents, d_half, used,
                 tangent_sums, d_q, coefficients, lr, address_weight, n_queries * HEADS, n_memories,
                 n_rows, n_chunk, n_tokens, start,
-                HEADS, SUBKEYS, HALF, TOP_K, IDW, IDW_EPS, ENTROPY_EPS, STEP, USE_SPLITS, ROWS, MOVE_D,
+                HEADS, SUBKEYS, HALF, TOP_K, IDW, IDW_EPS, ENTROPY_EPS, STEP, USE_SPLITS, ROWS, ROW_D,
+                BLOCK_K,
             )  # fmt: skip
         n_meetings += 1
         meet(arrived, n_meetings, TIMED)
@@ -215,6 +218,8 @@ def key_chain_backward(
     n_rooms = programs * top_k * tiles.n_each(n_most)
     n_pulls = tiles.splits * n_tables * n_subkeys
     n_chunk_rows = min(chunk_size, n_tokens) * n_heads * 2
+    block_k = triton.next_power_of_2(top_k)
+    rows = row_tile_size(n_chunk_rows, n_memories * n_rows, 4096 // max(128, 32 * block_k), programs)
     use_splits, use_u, use_q = use_tiles(n_memories, n_subkeys, top_k, n_most, programs)
     scratch = [torch.empty_like(d_half) for _ in range(3)]
     steps = ("direction", "use", "gradient", "pull", "step") if step else ("direction", "gradient", "pull", "step")
@@ -238,13 +243,14 @@ def key_chain_backward(
         STEP=step,
         IDW_EPS=IDW_EPS,
         ENTROPY_EPS=ENTROPY_EPS,
-        ROWS=row_tile_size(n_chunk_rows, n_memories * n_rows, max(1, 2048 // tiles.move_d), programs),
+        ROWS=rows,
+        ROW_D=max(1, min(4096 // (rows * block_k), triton.next_power_of_2(half_dim))),
         SPLIT_ROWS=row_tile_size(n_chunk_rows, n_memories * n_rows, max(1, 8192 // tiles.move_d), programs),
         USE_SPLITS=use_splits,
         USE_U=use_u,
         USE_Q=use_q,
         **tile_constants(tiles),
-        BLOCK_K=triton.next_power_of_2(top_k),
+        BLOCK_K=block_k,
         TIMED=timed,
         num_warps=4,
         cooperative=True,
