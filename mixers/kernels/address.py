@@ -43,14 +43,14 @@ def row_tile_size(n_chunk_rows: int, n_sequences: int, most: int, programs: int)
 def split_queries(
     tile, q, parts, units, squares, n_most, n_rows, n_chunk, n_tokens, start,
     HEADS: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    SQUARES: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile of half queries of a chunk: their parts, units and, unless ``squares`` is None, |q_half|^2, by row."""
+    """Of a tile of half queries of a chunk: their parts, units and, with SQUARES, |q_half|^2, by row."""
     row, q_row, exists, _, _ = half_queries(tile, n_rows, n_chunk, n_tokens, start, HEADS, ROWS)
     d = tl.arange(0, BLOCK_D)
     half = tl.load(q + q_row[:, None] * HALF + d[None, :], exists[:, None] & (d < HALF)[None, :], 0.0)
     write_parts(half, row, exists, parts, units, n_most, WIDTH, PARTS)
-    if squares is not None:
+    if SQUARES:
         tl.store(squares + row, tl.sum(half * half, axis=1), exists)
 
 

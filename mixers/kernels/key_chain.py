@@ -101,7 +101,7 @@ def key_chain_kernel(
     for tile in range(program, n_row_tiles(n_memories, n_rows, n_first, HEADS, SPLIT_ROWS), n_together):
         split_queries(
             tile, q, q_parts, q_units, q_squares, n_half_most, n_rows, n_first, n_tokens, 0,
-            HEADS, HALF, WIDTH, PARTS, SPLIT_ROWS, MOVE_D,
+            HEADS, HALF, WIDTH, PARTS, IDW, SPLIT_ROWS, MOVE_D,
         )  # fmt: skip
     n_meetings = 1
     meet(arrived, n_meetings, TIMED)
@@ -126,7 +126,7 @@ def key_chain_kernel(
             split_queries(
                 tile, q, q_parts + next * n_half_most.to(tl.int64) * (PARTS * WIDTH), q_units + next * n_half_most,
                 q_squares + next * n_half_most, n_half_most, n_rows, n_next, n_tokens, start + n_chunk,
-                HEADS, HALF, WIDTH, PARTS, SPLIT_ROWS, MOVE_D,
+                HEADS, HALF, WIDTH, PARTS, IDW, SPLIT_ROWS, MOVE_D,
             )  # fmt: skip
         n_meetings += 1
         meet(arrived, n_meetings, TIMED)
@@ -238,7 +238,7 @@ def key_chain(
         RANK_N=rank_n,
         RANK_D=rank_d,
         RANK_STAGES=rank_stages,
-        ROWS=row_tile_size(n_chunk_rows, n_memories * n_rows, 8192 // block_n, programs),
+        ROWS=row_tile_size(n_chunk_rows, n_memories * n_rows, 4096 // block_n, programs),
         SPLIT_ROWS=row_tile_size(n_chunk_rows, n_memories * n_rows, max(1, 8192 // tiles.move_d), programs),
         **tile_constants(tiles),
         BLOCK_N=block_n,

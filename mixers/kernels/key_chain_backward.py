@@ -128,8 +128,8 @@ def key_chain_backward_kernel(
             n_split_tiles = n_row_tiles(n_memories, n_rows, n_chunk, HEADS, SPLIT_ROWS)
             for tile in range(n_together - 1 - program, n_split_tiles, n_together):
                 split_queries(
-                    tile, q, q_parts, q_units, None, n_half_most, n_rows, n_chunk, n_tokens, start,
-                    HEADS, HALF, WIDTH, PARTS, SPLIT_ROWS, MOVE_D,
+                    tile, q, q_parts, q_units, q_units, n_half_most, n_rows, n_chunk, n_tokens, start,
+                    HEADS, HALF, WIDTH, PARTS, False, SPLIT_ROWS, MOVE_D,
                 )  # fmt: skip
         n_meetings += 1
         meet(arrived, n_meetings, TIMED)

@@ -109,35 +109,27 @@ def pull_tile(
     inside = (d < WIDTH)[None, :]
     pull = tl.zeros((BLOCK_U, BLOCK_D), dtype=dtype)
     total = tl.zeros((BLOCK_U, BLOCK_L), dtype=dtype)
-    # Coefficients are loaded a step ahead by hand: the compiler would wait for all rows of q together with them.
-    of_split = tl.arange(0, BLOCK_L)
-    of_room = place[:, None] * n_most_each + of_split[None, :]
-    there = tl.broadcast_to((place < TOP_K)[:, None], of_room.shape)
-    index = tl.load(index_room + of_room, there, -1)
-    coefficient = tl.load(room + of_room, there, 0.0)
-    query = split * n_each + of_split
-    scale = tl.load(q_units + first_row + query * (2 * HEADS), query < n_queries, 0.0) * inverse
     for done in tl.range(0, n_each, BLOCK_L, num_stages=STAGES):
-        query = split * n_each + done + of_split
+        of_split = done + tl.arange(0, BLOCK_L)
+        query = split * n_each + of_split
         exists = query < n_queries
-        at = (first_row + query * (2 * HEADS))[:, None] * WIDTH + d[None, :]
+        row = first_row + query * (2 * HEADS)
+        at = row[:, None] * WIDTH + d[None, :]
         q_high = tl.load(q_parts + at, exists[:, None] & inside, 0.0)
         q_low = q_high
         if PARTS == 2:
             q_low = tl.load(low_parts + at, exists[:, None] & inside, 0.0)
+        of_room = place[:, None] * n_most_each + of_split[None, :]
+        there = tl.broadcast_to((place < TOP_K)[:, None], of_room.shape)
+        index = tl.load(index_room + of_room, there, -1)
+        coefficient = tl.load(room + of_room, there, 0.0)
         is_here = index[:, None, :] == subkey[None, :, None]
         x = tl.sum(tl.where(is_here, coefficient[:, None, :], 0.0), axis=0)
         if IDW:
             total += x
-        x = x * scale[None, :]
+        x = x * (tl.load(q_units + row, exists, 0.0) * inverse)[None, :]
         high = x.to(q_parts.dtype.element_ty)
         low = (x - high.to(dtype)).to(q_parts.dtype.element_ty)
-        next = done + BLOCK_L
-        follows = there & (next + of_split < n_each)[None, :]
-        index = tl.load(index_room + next + of_room, follows, -1)
-        coefficient = tl.load(room + next + of_room, follows, 0.0)
-        query += BLOCK_L
-        scale = tl.load(q_units + first_row + query * (2 * HEADS), query < n_queries, 0.0) * inverse
         pull = products(high, low, q_high, q_low, pull, PARTS)
     tl.debug_barrier()
     key_row = table.to(tl.int64) * SUBKEYS + subkey
