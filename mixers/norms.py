@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -33,3 +35,16 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}"
+
+
+def norms_of(x: Tensor, norms: Sequence[RMSNorm]) -> list[Tensor]:
+    """What each of several norms of one width and eps makes of the same ``x`` (..., dim).
+
+    On the CPU they share the division by the root mean square; on CUDA each norm is one kernel.
+    """
+    first = norms[0]
+    if x.device.type != "cpu":
+        return [norm(x) for norm in norms]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    divided = functional.rms_norm(x.to(wide), (first.dim,), None, first.eps)
+    return [(divided * (1 + norm.weight.to(wide))).to(x.dtype) for norm in norms]

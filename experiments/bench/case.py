@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-SCENES = ("prefill", "train", "scopes", "decode", "layer", "small", "model")
+SCENES = ("prefill", "train", "scopes", "decode", "layer", "small", "static", "model")
 IMPLEMENTATIONS = ("dense", "reference", "sparse", "triton", "package", "floor")
 # What is said of a row that holds no time.
 OK, NO_MEMORY, ABSENT, WRONG, FAILED = "measured", "out of memory", "not installed", "wrong", "failed"
@@ -41,8 +41,11 @@ class Case:
 
         Forward: every accessed row is gathered and written, q, v and read pass once. With a backward, seven passes
         over the accessed rows (gather, keep, write; then read the kept, gather, read and write their gradients) and
-        q, v, read, then q, v, read and its derivative, dq and dv.
+        q, v, read, then q, v, read and its derivative, dq and dv. A static read needs every row at most once each way.
         """
+        if self.scene == "static":
+            n_rows = min(self.n**2, self.n_tokens_total * self.top_k)
+            return 4 * self.value_dim * (2 * n_rows + self.n**2 + 2 * self.n_tokens_total)
         if self.scene not in ("prefill", "train", "scopes"):
             return None
         row, q, v = self.top_k * self.value_dim, self.key_dim, self.value_dim

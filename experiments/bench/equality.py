@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from experiments.bench.case import Case
-from experiments.bench.operations import Inputs, draw, reads
+from experiments.bench.operations import Inputs, draw, draw_static, reads, static_step
 
 BOUND = 1e-4  # of the largest entry; float32 costs a few 1e-6
 
@@ -25,6 +25,24 @@ def largest_error(impl: str, scope: str, device: str, seed: int) -> float:
         results.append([read, *torch.autograd.grad(read.square().sum(), trained)])
     errors = torch.stack([((b - a).abs().max() / a.abs().max()).detach() for a, b in zip(*results, strict=True)])
     return errors.max().item()
+
+
+def largest_static_error(impl: str, device: str, seed: int) -> float:
+    """As :func:`largest_error`, of a static memory's read and its gradients into the table and the weights."""
+    drawn = draw_static(Case("static", impl, "-", 9, 3, 70, 1, 24, 13, 5, device, seed, backward=True))
+    wanted = static_step(
+        "reference", type(drawn)(*(part if part.dtype == torch.int64 else part.double() for part in drawn))
+    )
+    pairs = zip(wanted, static_step(impl, drawn), strict=True)
+    return torch.stack([(b - a).abs().max() / a.abs().max() for a, b in pairs]).max().item()
+
+
+def why_static_wrong(impl: str, device: str, seed: int) -> str | None:
+    """One line if the static read of ``impl`` is not torch's ``embedding_bag`` in float64."""
+    error = largest_static_error(impl, device, seed)
+    return (
+        None if error <= BOUND else f"differs from the float64 reference by {error:.1e} of its largest entry: not timed"
+    )
 
 
 def why_wrong(impl: str, device: str, seed: int) -> str | None:

@@ -11,7 +11,7 @@ import torch
 
 from experiments.bench import model
 from experiments.bench.case import ABSENT, FAILED, IMPLEMENTATIONS, OK, SCENES, WRONG, Case
-from experiments.bench.equality import why_wrong
+from experiments.bench.equality import why_static_wrong, why_wrong
 from experiments.bench.isolated import Arm, Failed, alone
 from experiments.bench.machine import machine_of
 from experiments.bench.measure import copy_bandwidth, spread, turns
@@ -19,6 +19,7 @@ from experiments.bench.package import DIFFERENCES, INSTALL, is_installed
 from experiments.errors import UserError
 
 LAYER_TOKENS = 1024
+STATIC_READS = 32  # rows a token: 4 heads of 8
 SIDE_BY_SIDE = "a process for every row, which take turns"
 ONE_BY_ONE = "a process for every row, one after another"
 # n, K = V, C, B and scope of what tests, tutorials and small sweeps run.
@@ -105,6 +106,32 @@ def groups(s: Settings) -> Iterator[tuple[str, list[Case]]]:
             batch, tokens = s.batch or usual[0], s.tokens or (1024 if s.quick else usual[1])
             title = f"{scene}, one shared memory, n={n}, {batch} x {tokens} tokens"
             yield title, [case(scene, impl, "shared", n, batch, tokens, backward) for impl in (*tables, *fast)]
+    if "static" in s.scene:
+        batch, tokens = s.batch or (8 if on_gpu else 1), s.tokens or (1024 if s.quick else 4096)
+        for n in s.n:
+            title = f"static read of {STATIC_READS} rows (reference: embedding_bag), n={n}, {batch} x {tokens} tokens"
+            impls = [impl for impl in asked if impl == "reference"] + fast
+            yield (
+                title,
+                [
+                    Case(
+                        "static",
+                        impl,
+                        "-",
+                        n,
+                        batch,
+                        tokens,
+                        s.chunk,
+                        s.width,
+                        s.width,
+                        STATIC_READS,
+                        s.device,
+                        s.seed,
+                        True,
+                    )
+                    for impl in impls
+                ],
+            )
     if "scopes" in s.scene:
         batch, tokens = s.batch or 8, s.tokens or (1024 if s.quick else 4096)
         # Whole tables for every sequence are compared only when named: they rarely fit.
@@ -181,12 +208,19 @@ def measure(report: Report, say: Callable[[str], None]) -> Iterator[tuple[str, l
     """
     s = report.settings
     # The package computes something else; the floor computes nothing; auto is one of the others.
-    suspects = {case.impl for _, cases in groups(s) for case in cases} & {"dense", "reference", "sparse", "triton"}
+    cases = [case for _, group in groups(s) for case in group]
     refused = {}
-    for impl in sorted(suspects):
-        say(f"checking {impl} against the float64 reference")
-        refused[impl] = _why_refused(impl, s)
-    if "package" in {case.impl for _, cases in groups(s) for case in cases} and not is_installed():
+    for check, suspects in (
+        (
+            why_wrong,
+            {case.impl for case in cases if case.scene != "static"} & {"dense", "reference", "sparse", "triton"},
+        ),
+        (why_static_wrong, {case.impl for case in cases if case.scene == "static"}),
+    ):
+        for impl in sorted(suspects):
+            say(f"checking {impl} against the float64 reference")
+            refused[impl] = refused.get(impl) or _why_refused(check, impl, s)
+    if "package" in {case.impl for case in cases} and not is_installed():
         refused["package"] = (ABSENT, INSTALL)
     for title, cases in groups(s):
         if not cases:
@@ -209,9 +243,9 @@ def measure(report: Report, say: Callable[[str], None]) -> Iterator[tuple[str, l
             raise interrupted
 
 
-def _why_refused(impl: str, s: Settings) -> tuple[str, str] | None:
+def _why_refused(check: Callable[..., str | None], impl: str, s: Settings) -> tuple[str, str] | None:
     try:
-        why = alone(why_wrong, impl, s.device, s.seed)
+        why = alone(check, impl, s.device, s.seed)
     except (UserError, RuntimeError) as error:
         return FAILED, str(error)
     return (WRONG, why) if why else None

@@ -86,6 +86,7 @@ def _cpu(rows: list[Row], fast: str) -> list[Row]:
 
 def _cuda(rows: list[Row], fast: str) -> list[Row]:
     train = {"scene": "train", "impl": fast, "batch": 8, "tokens": 4096} | SIZE
+    static = {"scene": "static", "impl": fast, "batch": 8, "tokens": 4096} | SIZE
     prefill = {"scene": "prefill", "impl": fast, "batch": 1, "tokens": 131072} | SIZE
 
     def value(at: dict[str, object], field: str, unit: float) -> float | None:
@@ -101,6 +102,13 @@ def _cuda(rows: list[Row], fast: str) -> list[Row]:
         _goal("training step, ms", value(train, "seconds", 1e3), 3, rows, train, at_least=False),
         _goal("prefill of 128K tokens, ms", value(prefill, "seconds", 1e3), 8, rows, prefill, at_least=False),
         _goal("training step, extra memory, GB", value(train, "peak_bytes", 1e-9), 1, rows, train, at_least=False),
+        _goal(
+            f"static read: embedding_bag over {fast}",
+            _ratio(rows, {"impl": "reference"}, {"impl": fast}, scene="static"),
+            5,
+            rows,
+            static,
+        ),
         _goal(
             "model with the memory, share of its speed without", ratio, 0.75, rows, {"scene": "model", "tokens": 4096}
         ),

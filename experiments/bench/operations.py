@@ -13,6 +13,7 @@ from experiments.bench.case import Case
 from experiments.bench.dense import write_densely
 from experiments.bench.floor import unavoidable_work
 from experiments.bench.package import package_decode, package_layer
+from mixers import table_rows
 from mixers.fwpkm import FastWeightPKM, FastWeightPKMConfig, fast_weight_pkm
 
 Operation = Callable[[], object]
@@ -51,6 +52,38 @@ def reads(case: Case, inputs: Inputs) -> Tensor:
     return fast_weight_pkm(*inputs, chunk_size=case.chunk, top_k=case.top_k, scope=case.scope, impl=case.impl).read
 
 
+class StaticInputs(NamedTuple):
+    """table (N,V), slots (S,J) int64 uniform over the rows, weights (S,J), cotangent (S,V)."""
+
+    table: Tensor
+    slots: Tensor
+    weights: Tensor
+    cotangent: Tensor
+
+
+def draw_static(case: Case, dtype: torch.dtype = torch.float32) -> StaticInputs:
+    """Inputs of a static memory's read, the same for all implementations of a size and seed."""
+    generator = torch.Generator(case.device).manual_seed(case.seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=case.device, dtype=dtype)
+
+    accesses = (case.n_tokens_total, case.top_k)
+    return StaticInputs(
+        normal(case.n**2, case.value_dim) * case.value_dim**-0.5,
+        torch.randint(case.n**2, accesses, generator=generator, device=case.device),
+        torch.softmax(normal(*accesses), -1),
+        normal(case.n_tokens_total, case.value_dim),
+    )
+
+
+def static_step(impl: str, inputs: StaticInputs) -> tuple[Tensor, ...]:
+    """The read of a static memory, and its derivatives with respect to the table and the weights."""
+    table, weights = (part.detach().requires_grad_() for part in (inputs.table, inputs.weights))
+    read = table_rows.sum_rows(table, inputs.slots, weights, impl)
+    return read.detach(), *torch.autograd.grad(read, [table, weights], inputs.cotangent)
+
+
 class Workbench:
     """Prepares operations, and shares what cases of one size have in common: the table is large."""
 
@@ -68,6 +101,9 @@ class Workbench:
         """The operation of ``case``, ready to be called any number of times."""
         if case.scene in ("prefill", "train", "scopes"):
             return self._function(case)
+        if case.scene == "static":
+            inputs = draw_static(case)
+            return lambda: static_step(case.impl, inputs)
         return self._layer(case)
 
     def _function(self, case: Case) -> Operation:

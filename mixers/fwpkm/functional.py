@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,16 +13,16 @@ from mixers.errors import UserError
 from mixers.fwpkm.reference import ChunkOptions, write_chunks
 from mixers.fwpkm.sparse import SparseOutput, why_not_sparse, write_chunks_sparsely
 from mixers.fwpkm.touched_rows import overlay
+from mixers.fwpkm.unchanged import changes, require_unchanged
 from mixers.implementations import TRITON_INSTALL, TRITON_MISSING
 from mixers.product_keys import Score
 
 Scope = Literal["sequence", "shared"]
 UpdateScale = Literal["paper", "released"]
 IMPLEMENTATIONS = ("auto", "reference", "sparse", "triton")
-# In scope ``sequence`` the Triton kernels work on a copy of the whole table for every sequence, with 8 of 512 MiB still
-# faster than copied rows (6.3 against 22 ms forward on an H200): up to the paper's table ``auto`` takes them. The
-# readable path makes passes over these copies as well, so it gives way to ``sparse`` much earlier.
-LARGEST_TRITON_TABLE_BYTES = 512 * 2**20
+# In scope ``sequence`` a memory that goes on after a call of the Triton kernels is a whole table for every sequence;
+# the readable path makes passes over such copies in every call, so it gives way to ``sparse`` much earlier.
+LARGEST_TRITON_TABLE_BYTES = 2 * 2**30
 LARGEST_REFERENCE_TABLE_BYTES = 32 * 2**20
 
 
@@ -127,26 +127,49 @@ def fast_weight_pkm(
     if keys.ndim == 4:
         keys = keys.expand(n_memories, *keys.shape)
         values = values.expand(n_memories, *values.shape)
-
-    def per_memory(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.reshape(n_memories, n_sequences // n_memories, *tensor.shape[1:])
-
+    q_rows, v_rows, gate_rows, mask_rows = (_per_memory(tensor, n_memories) for tensor in (q, v, gate, mask))
+    tokens = (q_rows, v_rows, gate_rows, keys, values, mask_rows)
     if resolved == "triton":
-        from mixers.fwpkm.triton_chunks import write_chunks as write
+        # Not at the top: triton is optional, and slow to import.
+        from mixers.fwpkm.triton_chunks import write_chunks as write_by_kernels
+
+        out = write_by_kernels(*tokens, options)
+        kind, new_values = _LazyOutput, _LaterTable(out.values.table, scope)
     else:
-        write = write_chunks
-    out = write(per_memory(q), per_memory(v), per_memory(gate), keys, values, per_memory(mask), options)
+        out = write_chunks(*tokens, options)
+        kind, new_values = FastWeightOutput, out.values if scope == "sequence" else out.values[0]
     shape = (n_sequences, n_tokens)
-    new_keys, new_values = (out.keys, out.values) if scope == "sequence" else (out.keys[0], out.values[0])
-    return FastWeightOutput(
+    return kind(
         out.read.reshape(*shape, v.shape[-1]),
-        new_keys,
+        out.keys if scope == "sequence" else out.keys[0],
         new_values,
         out.slots.reshape(*shape, n_heads, top_k),
         out.weights.reshape(*shape, n_heads, top_k),
         out.value_loss.detach(),
         out.address_loss.detach(),
     )
+
+
+def read_and_forget(
+    q: Tensor, v: Tensor, gate: Tensor | None, keys: Tensor, values: Tensor, mask: Tensor | None, options: ChunkOptions
+) -> FastWeightOutput:
+    """:func:`fast_weight_pkm` by ``triton`` where nobody wants the memory afterwards: keys and values are None, and the
+    last chunk only reads and has no part in the losses. keys (M,H,2,n,K/2) and values (M,N,V): M = B, or 1 (shared)."""
+    # Not at the top: triton is optional, and slow to import.
+    from mixers.fwpkm.triton_chunks import write_chunks as write_by_kernels
+
+    rows = [_per_memory(tensor, keys.shape[0]) for tensor in (q, v, gate, mask)]
+    out = write_by_kernels(*rows[:3], keys, values, rows[3], options, goes_on=False)
+    by_head = (*q.shape[:3], options.top_k)
+    return FastWeightOutput(
+        out.read.view(v.shape), None, None, out.slots.view(by_head), out.weights.view(by_head),
+        out.value_loss.detach(), out.address_loss.detach(),
+    )  # fmt: skip
+
+
+def _per_memory(tensor: Tensor | None, n_memories: int) -> Tensor | None:
+    """(B,...) as (M,R,...), the R sequences of each memory together."""
+    return None if tensor is None else tensor.reshape(n_memories, tensor.shape[0] // n_memories, *tensor.shape[1:])
 
 
 def _sparse(
@@ -170,7 +193,7 @@ def _sparse(
     return _LazyOutput(
         out.read,
         out.keys if scope == "sequence" else out.keys[0],
-        _Tables(base, out, n_memories, scope),
+        _LaterTable(_Joined(base, out, n_memories), scope),
         out.slots.view(by_head),
         out.weights.view(by_head),
         out.value_loss,
@@ -178,26 +201,34 @@ def _sparse(
     )
 
 
-class _Tables:
-    """The values after a call: the given table and the rows that differ from it, joined on first use."""
+class _LaterTable:
+    """The values after a call, made on first use by ``make``: (M,N,V), of which scope ``shared`` has one."""
 
-    def __init__(self, base: Tensor, out: SparseOutput, n_memories: int, scope: str) -> None:
-        self._base, self._version = base, base._version
-        self._out, self._n_memories, self._scope = out, n_memories, scope
+    def __init__(self, make: Callable[[], Tensor], scope: str) -> None:
+        self._make, self._scope = make, scope
+        # Wherever it is asked for, it is part of the graph of its call.
         self._grad_enabled = torch.is_grad_enabled()
-        self._joined: Tensor | None = None
+        self._made: Tensor | None = None
 
-    def join(self) -> Tensor:
-        if self._joined is None:
-            if self._base._version != self._version:
-                raise UserError(
-                    "fast_weight_pkm: values were changed in place after the call and before its result's values were "
-                    "read; read out.values first, or pass a copy"
-                )
+    def made(self) -> Tensor:
+        if self._made is None:
             with torch.set_grad_enabled(self._grad_enabled):
-                tables = overlay(self._base, self._out.codes, self._out.rows, self._n_memories)
-                self._joined = tables if self._scope == "sequence" else tables[0]
-        return self._joined
+                tables = self._make()
+                self._made = tables if self._scope == "sequence" else tables[0]
+            del self._make
+        return self._made
+
+
+class _Joined:
+    """The given table and the rows that differ from it, joined when called."""
+
+    def __init__(self, base: Tensor, out: SparseOutput, n_memories: int) -> None:
+        self._base, self._out, self._n_memories = base, out, n_memories
+        self._seen = changes(base)
+
+    def __call__(self) -> Tensor:
+        require_unchanged("values", self._base, self._seen)
+        return overlay(self._base, self._out.codes, self._out.rows, self._n_memories)
 
 
 class _LazyOutput(FastWeightOutput):
@@ -209,14 +240,14 @@ class _LazyOutput(FastWeightOutput):
         return self[2]
 
     def __getitem__(self, index: int | slice) -> Any:
-        return tuple(self)[index] if isinstance(index, slice) else _joined(super().__getitem__(index))
+        return tuple(self)[index] if isinstance(index, slice) else _made(super().__getitem__(index))
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (_joined(item) for item in super().__iter__())
+        return (_made(item) for item in super().__iter__())
 
 
-def _joined(item: Tensor | _Tables) -> Tensor:
-    return item.join() if isinstance(item, _Tables) else item
+def _made(item: Tensor | _LaterTable) -> Tensor:
+    return item.made() if isinstance(item, _LaterTable) else item
 
 
 def empty_rows(base: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,11 +267,11 @@ def choose_impl(
 ) -> str:
     """The implementation that runs for ``impl`` on ``device``: ``reference``, ``sparse`` or ``triton``.
 
-    ``auto`` on CUDA: ``triton`` where it has kernels for the options, sizes and dtype, unless scope ``sequence`` would
-    copy a table (N,V) of more than 512 MiB for every sequence; else ``reference``, which on an H200 was up to 1.5 times
-    faster than ``sparse`` (n from 32 to 512, K = V from 64 to 512), or ``sparse`` where scope ``sequence`` would copy
-    more than 32 MiB for every sequence. Elsewhere it goes by :func:`resolve_impl`. It depends neither on B nor on T:
-    many sequences with large tables may need ``impl="sparse"`` to fit the card.
+    ``auto`` on CUDA: ``triton`` where it has kernels for the options, sizes and dtype, unless in scope ``sequence`` a
+    state would hold a table (N,V) of more than 2 GiB for every sequence; else ``reference``, which on an H200 was up to
+    1.5 times faster than ``sparse`` (n from 32 to 512, K = V from 64 to 512), or ``sparse`` where scope ``sequence``
+    would copy more than 32 MiB for every sequence. Elsewhere it goes by :func:`resolve_impl`. It depends neither on B
+    nor on T: many sequences with large tables may need ``impl="sparse"`` to fit the card.
 
     Raises:
         UserError: an unknown name; or ``triton`` without its package or a kernel, naming ``place`` and the reason.

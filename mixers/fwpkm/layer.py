@@ -9,12 +9,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mixers.base import Mixer, MixerConfig, MixerOutput, ParameterOptions, Traits, state_bytes
-from mixers.fwpkm.functional import FastWeightOutput, choose_impl, empty_rows, fast_weight_pkm
+from mixers.fwpkm.functional import FastWeightOutput, choose_impl, empty_rows, fast_weight_pkm, read_and_forget
 from mixers.fwpkm.reference import ChunkOptions
 from mixers.fwpkm.sparse import write_chunks_sparsely
+from mixers.fwpkm.sparse_rows import ascending
 from mixers.fwpkm.touched_rows import in_code_order, overlay
 from mixers.masking import zero_padding
-from mixers.norms import RMSNorm
+from mixers.norms import RMSNorm, norms_of
 from mixers.product_keys import read, select
 from mixers.registry import register
 
@@ -186,9 +187,13 @@ class FastWeightPKM(Mixer):
     @property
     def _keeps_rows(self) -> bool:
         """Whether states hold the written rows: the layer's own sparse form. A variant's ``write`` gets tables."""
+        return self._writes_as_usual and self.impl == "sparse"
+
+    @property
+    def _writes_as_usual(self) -> bool:
+        """Whether this is no variant with a ``write`` or ``read_memory`` of its own."""
         cls = type(self)
-        is_own = cls.write is FastWeightPKM.write and cls.read_memory is FastWeightPKM.read_memory
-        return is_own and self.impl == "sparse"
+        return cls.write is FastWeightPKM.write and cls.read_memory is FastWeightPKM.read_memory
 
     @property
     def state_scope(self) -> str:
@@ -263,16 +268,16 @@ class FastWeightPKM(Mixer):
         if state is None:
             state = self._start(n_sequences, x.device, x.dtype, outlives_call=return_state)
 
-        q = self.q_proj(self.q_norm(x)).view(n_sequences, n_tokens, c.n_heads, self.key_dim)
-        v = self.v_proj(self.v_norm(x))
+        has_gate = c.use_gate or c.gate_weighting
+        for_q, for_v, *for_gate = norms_of(x, [self.q_norm, self.v_norm, *([self.gate_norm] if has_gate else [])])
+        q = self.q_proj(for_q).view(n_sequences, n_tokens, c.n_heads, self.key_dim)
+        v = self.v_proj(for_v)
         if c.z_score and n_tokens:
             # The norm of what is left is the deviation times sqrt(V - 1); Tensor.std takes three times as long.
             v = v - v.mean(-1, keepdim=True)
             deviation = torch.linalg.vector_norm(v, dim=-1, keepdim=True) * (self.value_dim - 1) ** -0.5
             v = v / (deviation + ZSCORE_EPS)
-        gate = None
-        if c.use_gate or c.gate_weighting:
-            gate = torch.sigmoid(self.gate_proj(self.gate_norm(x)).mean(-1))
+        gate = torch.sigmoid(self.gate_proj(for_gate[0]).mean(-1)) if has_gate else None
 
         with torch.autocast(x.device.type, enabled=False):
             memory_dtype = state.keys.dtype
@@ -284,7 +289,7 @@ class FastWeightPKM(Mixer):
             )
         mixed = rows.to(v.dtype)
         if c.use_gate:
-            mixed = gate.unsqueeze(-1) * mixed + (1 - gate).unsqueeze(-1) * v
+            mixed = torch.lerp(v, mixed, gate.to(v.dtype).unsqueeze(-1))
         y = self.out_proj(self.out_norm(mixed))
         y = zero_padding(y, mask)
         return MixerOutput(y, state if return_state else None, self._aux(gate, slots, losses))
@@ -321,9 +326,16 @@ class FastWeightPKM(Mixer):
         n_written = n_full if return_state or n_full < n_waiting + n_new else n_full - c.chunk_size
         n_written = max(n_written, 0)
         pairs = None if mask is None else _pair_mask(mask, c.lookahead)
-        advance = self._advance_rows if self._keeps_rows else self._advance_tables
+        if self._keeps_rows:
+            advance = self._advance_rows
+        elif n_written and not return_state and self._writes_as_usual and self.impl == "triton":
+            advance = self._advance_nothing
+        else:
+            advance = self._advance_tables
         read, slots, state, losses = advance(q, v, gate, pairs, state, n_waiting, n_written)
-        if return_state and n_written:
+        if not return_state:
+            return read, slots, state, losses
+        if n_written:
             codes, rows = in_code_order(state.codes, state.rows)
             state = state._replace(codes=codes, rows=rows)
 
@@ -369,6 +381,21 @@ class FastWeightPKM(Mixer):
         new = slice(n_waiting - first, None)
         slots = out.slots[:, new].unflatten(-1, (self.config.n_heads, self.config.top_k))
         return out.read[:, new], slots, state, losses
+
+    def _advance_nothing(
+        self,
+        q: Tensor,
+        v: Tensor,
+        gate: Tensor | None,
+        pairs: Tensor | None,
+        state: FastWeightState,
+        n_waiting: int,
+        n_written: int,
+    ) -> tuple[Tensor, Tensor, FastWeightState, dict[str, Tensor]]:
+        """The same where the call's last chunk only reads and the state does not go on: no table is made."""
+        out = read_and_forget(q, v, gate, *self.tables(state), pairs, self._options())
+        losses = {"value_loss": out.value_loss, "address_loss": out.address_loss}
+        return out.read[:, n_waiting:], out.slots[:, n_waiting:], state, losses
 
     def _advance_tables(
         self,
@@ -501,7 +528,7 @@ def _slot_use(slots: Tensor, n_slots: int) -> dict[str, Tensor]:
     coverage: share of all slots that a sequence reads at least once. collisions: share of its reads that go to a slot
     which it read before. kl_uniform: KL divergence of its reads' distribution from uniform over the slots, in nats.
     """
-    in_order = slots.flatten(1).sort(1).values
+    in_order = ascending(slots.flatten(1))
     n_reads = in_order.shape[1]
     # By runs of equal slots, not by a histogram: one token's reads must not cost a pass over all N.
     is_first = torch.ones_like(in_order, dtype=torch.bool)

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mixers.errors import UserError
+from mixers.fwpkm.kept_memory import room_for
 from mixers.fwpkm.reference import ChunkOptions
 from mixers.fwpkm.sparse_keys import (
     Addresses,
@@ -152,7 +153,7 @@ class _SparseChunks(torch.autograd.Function):
         now = keys.reshape(-1, *keys.shape[-2:])
 
         n_met, row_bytes = codes.numel(), v.shape[-1] * v.element_size()
-        read = torch.empty_like(v)
+        read = room_for(v.shape, v)
         slots, weights, stages, all_spans = [], [], [], []
         squared_error, entropy = q.new_zeros(()), q.new_zeros(())
         for parts in call.stages:
@@ -173,7 +174,8 @@ class _SparseChunks(torch.autograd.Function):
             factors = call.row_factors(plan, spans, parts, base.shape[1])
             a = [chunk for choice in choices for chunk in choice.weights.unbind()]
             all_a = torch.cat([choice.weights.flatten() for choice in choices])
-            shares = Shares(all_a.index_select(0, plan.order), factors.index_select(0, plan.order))
+            in_order = all_a.index_select(0, plan.order)
+            shares = Shares(in_order, in_order * factors.index_select(0, plan.order))
             for i, (part, is_written) in enumerate(parts):
                 span = spans[i]
                 old_rows.append(table.kept(plan, span) if keep else None)
@@ -259,7 +261,7 @@ class _SparseChunks(torch.autograd.Function):
         if d_rows is not None:
             d_table[: d_rows.shape[0]] = d_rows
 
-        d_q, d_v = torch.empty_like(q), torch.empty_like(v)
+        d_q, d_v = room_for(q.shape, q), room_for(v.shape, v)
         d_gate = None if gate is None else torch.zeros_like(gate)
         d_now = None if d_keys is None else d_keys.reshape(-1, *key_shape[-2:])
         for parts, stage, spans in zip(reversed(call.stages), reversed(stages), reversed(ctx.spans), strict=True):
@@ -471,10 +473,8 @@ class _Call:
         read = on_tokens.view(self.q.shape[0], -1, on_tokens.shape[-1])[:, :n_writing]
         difference = read - self.v[:, part.stop - n_writing : part.stop]
         assert n_writing == 0 or part.start + lookahead == part.stop - n_writing
-        weight = read.new_ones(read.shape[:2])
         writing = slice(part.start, part.start + n_writing)
-        if self.gate is not None:
-            weight = weight * self.gate[:, writing]
+        weight = read.new_ones(read.shape[:2]) if self.gate is None else self.gate[:, writing]
         if self.mask is not None:
             weight = weight * self.mask[:, writing]
         return difference, weight
@@ -484,7 +484,7 @@ class _Call:
         n_writing = difference.shape[1]
         error = self.v.new_empty(self.q.shape[0], part.stop - part.start, self.v.shape[-1])
         torch.mul(difference, weight.unsqueeze(-1), out=error[:, :n_writing])
-        error[:, n_writing:] = 0
+        error[:, n_writing:].zero_()
         return error.flatten(0, 1)
 
     def error_backward(

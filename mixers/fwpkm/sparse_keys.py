@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mixers.fwpkm.reference import ENTROPY_EPS, ChunkOptions
-from mixers.fwpkm.sparse_rows import bag_sums, dots, gather_dot, gather_sum, stable_sort
+from mixers.fwpkm.sparse_rows import bag_sums, dots, gather_dot, gather_sum, stable_order
 from mixers.product_keys import IDW_EPS, best_subkeys
 
 # Of |q|^2 + |key|^2: a squared distance from here on has lost two bits to cancellation, a difference one.
@@ -97,8 +97,9 @@ def address(
     order = starts = None
     if is_grouped:
         # Every sub-key counts, also those that nobody accesses.
-        in_order, order = stable_sort(codes.flatten())
-        starts = torch.searchsorted(in_order, torch.arange(n_halves * n_subkeys, device=keys.device))
+        order = stable_order(codes.flatten(), n_halves * n_subkeys)
+        counts = torch.bincount(codes.flatten(), minlength=n_halves * n_subkeys)
+        starts = counts.cumsum(0).sub_(counts)
     return Addresses(keys, codes, order, starts, inverse, scores), found
 
 
@@ -110,8 +111,9 @@ def _far_distances(halves: Tensor, keys: Tensor, coarse: Tensor) -> Tensor | Non
     """
     if not _are_many(coarse, halves):
         return None
-    distances = torch.sub(torch.linalg.vector_norm(halves, dim=-1, keepdim=True).square_(), coarse, alpha=2)
-    return distances if _are_far(halves, keys, distances.amin()) else None
+    squares = _squares(halves)
+    distances = torch.sub(squares.unsqueeze(-1), coarse, alpha=2)
+    return distances if _are_far(squares, keys, distances.amin()) else None
 
 
 def _are_many(scores: Tensor, halves: Tensor) -> bool:
@@ -120,11 +122,16 @@ def _are_many(scores: Tensor, halves: Tensor) -> bool:
     return scores.device.type == "cpu" and scores.numel() * halves.shape[-1] >= MANY_DIFFERENCES
 
 
-def _are_far(halves: Tensor, keys: Tensor, nearest: Tensor) -> bool:
+def _squares(rows: Tensor) -> Tensor:
+    """|row|^2: (...,W) -> (...)."""
+    return torch.linalg.vector_norm(rows, dim=-1).square_()
+
+
+def _are_far(squares: Tensor, keys: Tensor, nearest: Tensor) -> bool:
     """Whether what is summed apart over keys and queries is as precise as sums over differences, up to a small factor:
-    the squared distance ``nearest`` () is not below a quarter of the longest |q|^2 + |key|^2. False for NaN."""
-    longest = sum(torch.linalg.vector_norm(x, dim=-1).amax().square_() for x in (halves, keys))
-    return bool(nearest >= FAR * longest)
+    the squared distance ``nearest`` () is not below a quarter of the longest |q|^2 + |key|^2. False for NaN.
+    ``squares`` (A,S) are the |q|^2."""
+    return bool(nearest >= FAR * (squares.amax() + _squares(keys).amax()))
 
 
 def differences(halves: Tensor, keys: Tensor, codes: Tensor, room: Tensor) -> Tensor:
@@ -139,8 +146,10 @@ def needed_differences(halves: Tensor, at: Addresses, room: Tensor) -> Tensor | 
     """Those of a chunk's addresses, for its backward, unless sums apart do: for ``dot``, and where all are far."""
     if at.inverse is None:
         return None
-    if _are_many(at.scores, halves) and _are_far(halves, at.keys, at.inverse.amax().reciprocal_().sub_(IDW_EPS)):
-        return None
+    if _are_many(at.scores, halves):
+        nearest = at.inverse.amax().reciprocal_().sub_(IDW_EPS)
+        if _are_far(_squares(halves), at.keys, nearest):
+            return None
     return differences(halves, at.keys, at.codes, room)
 
 

@@ -50,6 +50,25 @@ def stable_sort(codes: Tensor) -> tuple[Tensor, Tensor]:
     return in_order, torch.sub(both, in_order, alpha=n_codes)
 
 
+def stable_order(codes: Tensor, n_values: int) -> Tensor:
+    """Where the codes (I,) int64, each in 0..n_values-1, stand in ascending order; equal ones stay in theirs.
+
+    On the CPU numpy sorts 16-bit numbers by their digits, in a third of the time of :func:`stable_sort`.
+    """
+    if codes.device.type != "cpu" or n_values > 2**16:
+        return stable_sort(codes)[1]
+    return torch.from_numpy(codes.numpy().astype("uint16").argsort(kind="stable"))
+
+
+def ascending(codes: Tensor) -> Tensor:
+    """Each row of codes (B,I) int64 in ascending order, in a new tensor; by numpy on the CPU, as above."""
+    if codes.device.type != "cpu" or torch.compiler.is_compiling():
+        return codes.sort(1).values
+    in_order = codes.clone(memory_format=torch.contiguous_format)
+    in_order.numpy().sort(axis=1)
+    return in_order
+
+
 def first_of_runs(in_order: Tensor) -> Tensor:
     """Which entries (I,) of a sorted list are the first of their value: (I,) bool."""
     is_first = torch.ones_like(in_order, dtype=torch.bool)

@@ -19,19 +19,19 @@ from mixers.fwpkm.touched_rows import Block, Plan, Span
 class Shares(NamedTuple):
     """How the accesses (E,) of chunks change rows, in the order of their plan.
 
-    weights: a. factors: -lr * scale / cnt of their rows. A row changes by the sum of weights * factors * errors; with
+    weights: a. moves: a times -lr * scale / cnt of their rows. A row changes by the sum of moves * errors; with
     ``clip``, its gradient is that over -lr, cut to +-1.
     """
 
     weights: Tensor
-    factors: Tensor
+    moves: Tensor
 
 
 def row_changes(error: Tensor, shares: Shares, plan: Plan, rows: Block | Span, lr: float, clip: bool) -> Tensor:
     """What a chunk adds to its rows, or to a block of them (U,V); error (S,V), zero for tokens that write nothing."""
     here = slice(rows.entry, rows.entry_stop)
-    share = shares.weights[here] * shares.factors[here]
-    changes = bag_sums(error, plan.token[here], plan.starts[rows.row : rows.row_stop] - rows.entry, share)
+    starts = plan.starts[rows.row : rows.row_stop] - rows.entry
+    changes = bag_sums(error, plan.token[here], starts, shares.moves[here])
     return changes.clamp_(-lr, lr) if clip else changes
 
 

@@ -10,7 +10,6 @@ one chunk after another, D distinct pairs of chunk and row, U rows, V width of a
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import NamedTuple
@@ -18,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixers.fwpkm.sparse_rows import bag_sums, first_of_runs, gather_sum, stable_sort
+from mixers.fwpkm.kept_memory import LARGE_BYTES, room_for
+from mixers.fwpkm.sparse_rows import bag_sums, first_of_runs, gather_sum, stable_order, stable_sort
 
-LARGE_BYTES = 8 * 2**20
 BLOCK_BYTES = 2 * 2**20
 
 
@@ -43,9 +42,10 @@ class Plan(NamedTuple):
     """Which rows the accesses of some chunks go to. Rows have places in the order in which they are met: those known
     before first, then each chunk's new ones in the order of their codes.
 
-    places: (E,) of each access. order: (E,) the accesses by chunk, place, token. token: (E,) the token, within its
-    chunk, of each access in that order. index: (E,) the row (of the D) of each access, not in that order.
-    rows: (D,) the places of each chunk's rows, ascending. starts: (D,) where each row's accesses begin in ``order``.
+    places: (E,) of each access. order: (E,) the accesses by chunk, row, token; a chunk's rows are those met before and
+    then the new ones, which come in the order of their places. token: (E,) the token, within its chunk, of each access
+    in that order. index: (E,) the row (of the D) of each access, not in that order. rows: (D,) the places of each
+    chunk's rows. starts: (D,) where each row's accesses begin in ``order``.
     counts: (D,) how many they are. new_codes: (U,) codes of the new rows.
     """
 
@@ -61,27 +61,34 @@ class Plan(NamedTuple):
 
 def plan(codes: Tensor, n_each: list[int], n_read: int, known: Tensor) -> tuple[Plan, list[Span]]:
     """The plan of chunks with ``n_each`` accesses, as many in all but the last, and ``n_read`` per token: codes (E,) of
-    the accesses, known (U,) of the rows met before, at places 0..U-1. Two stable sorts, for all chunks at once."""
+    the accesses, known (U,) of the rows met before, at places 0..U-1. One sort by code, for all chunks at once."""
     n_known, n_chunks = known.numel(), len(n_each)
     chunk = _chunk_ids(n_each, codes)
     in_order, order = stable_sort(torch.cat([known, codes]) if n_known else codes)
     is_first = first_of_runs(in_order)
-    run_starts = is_first.nonzero().squeeze(1)
+    run_starts, run = is_first.nonzero().squeeze(1), is_first.cumsum(0).sub_(1)
     first_met = order.index_select(0, run_starts)
+    # The chunk that meets a row first, counted from 1; 0 for rows known before.
     if n_known:
-        met_in = chunk.index_select(0, (first_met - n_known).clamp_(min=0)).masked_fill_(first_met < n_known, -1)
+        met_in = chunk.index_select(0, (first_met - n_known).clamp_(min=0)).add_(1).masked_fill_(first_met < n_known, 0)
     else:
-        met_in = chunk.index_select(0, first_met)
-    as_met = stable_sort(met_in + 1)[1]
-    numbers = torch.arange(as_met.numel(), device=codes.device)
-    place_of_run = torch.empty_like(as_met).scatter_(0, as_met, numbers)
+        met_in = chunk.index_select(0, first_met).add_(1)
+    as_met = stable_order(met_in, n_chunks + 1)
+    place_of_run = torch.empty_like(as_met).scatter_(0, as_met, torch.arange(as_met.numel(), device=codes.device))
     if n_known:
-        place_of_run = torch.where(met_in < 0, first_met, place_of_run)
-    of_run = place_of_run.index_select(0, is_first.cumsum(0).sub_(1))
-    places = torch.empty_like(order).scatter_(0, order, of_run)
+        place_of_run = torch.where(met_in == 0, first_met, place_of_run)
+    places = torch.empty_like(order).scatter_(0, order, place_of_run.index_select(0, run))[n_known:]
     new_codes = in_order.index_select(0, run_starts.index_select(0, as_met[n_known:]))
-    n_new = torch.bincount(met_in + 1, minlength=n_chunks + 1)[1:]
-    return _group(places[n_known:], chunk, n_each, n_read, new_codes, n_new, n_known)
+    n_new = torch.bincount(met_in, minlength=n_chunks + 1)[1:]
+    if n_known:
+        is_access = (order >= n_known).nonzero().squeeze(1)
+        order, run = order.index_select(0, is_access).sub_(n_known), run.index_select(0, is_access)
+    # By chunk, rows met before first; by code they are in order already.
+    chunk_of = chunk.index_select(0, order)
+    by_chunk = stable_order(chunk_of * 2 + (met_in.index_select(0, run) > chunk_of), 2 * n_chunks)
+    order, run = order.index_select(0, by_chunk), run.index_select(0, by_chunk)
+    is_first = first_of_runs(torch.add(run, chunk, alpha=as_met.numel()))
+    return _group(places, order, is_first, chunk, n_each, n_read, new_codes, n_new, n_known)
 
 
 def plan_reads(codes: Tensor, n_read: int, known: Tensor) -> tuple[Plan, list[Span]]:
@@ -96,7 +103,9 @@ def plan_reads(codes: Tensor, n_read: int, known: Tensor) -> tuple[Plan, list[Sp
     places[missing] = n_known + index
     n_new = torch.full((1,), new_codes.numel(), device=codes.device)
     n_each = [codes.numel()]
-    return _group(places, _chunk_ids(n_each, codes), n_each, n_read, new_codes, n_new, n_known)
+    in_order, order = stable_sort(places)
+    chunk = _chunk_ids(n_each, codes)
+    return _group(places, order, first_of_runs(in_order), chunk, n_each, n_read, new_codes, n_new, n_known)
 
 
 def _chunk_ids(n_each: list[int], like: Tensor) -> Tensor:
@@ -105,12 +114,19 @@ def _chunk_ids(n_each: list[int], like: Tensor) -> Tensor:
 
 
 def _group(
-    places: Tensor, chunk: Tensor, n_each: list[int], n_read: int, new_codes: Tensor, n_new: Tensor, n_known: int
+    places: Tensor,
+    order: Tensor,
+    is_first: Tensor,
+    chunk: Tensor,
+    n_each: list[int],
+    n_read: int,
+    new_codes: Tensor,
+    n_new: Tensor,
+    n_known: int,
 ) -> tuple[Plan, list[Span]]:
+    """The plan of accesses with ``places`` (E,) in their ``order`` (E,); is_first (E,): in that order, of a row."""
     n_chunks, n_entries = len(n_each), places.numel()
     entries = list(accumulate(n_each, initial=0))
-    in_order, order = stable_sort(places + chunk * (n_known + new_codes.numel()))
-    is_first = first_of_runs(in_order)
     starts = is_first.nonzero().squeeze(1)
     index = torch.empty_like(order).scatter_(0, order, is_first.cumsum(0).sub_(1))
     # The order is chunk by chunk, so an entry's chunk is the same before and after.
@@ -183,13 +199,14 @@ class TouchedRows:
         n_given = codes.numel()
         if n_accesses * rows.shape[1] * rows.element_size() >= LARGE_BYTES:
             n_accesses = n_writing
-        self.table = _room_for(min(n_given + n_accesses, n_memories * base.shape[1]), rows)
-        self.table[:n_given] = rows
+        self.table = room_for((min(n_given + n_accesses, n_memories * base.shape[1]), rows.shape[1]), rows)
+        if n_given:
+            self.table[:n_given] = rows
 
     def plan(self, codes: Tensor, n_each: list[int], n_read: int) -> tuple[Plan, list[Span]]:
         """The plan of the next chunks: codes (E,) of their accesses."""
         made, spans = plan(codes, n_each, n_read, self.codes)
-        self.codes = torch.cat([self.codes, made.new_codes])
+        self.codes = torch.cat([self.codes, made.new_codes]) if self.codes.numel() else made.new_codes
         return made, spans
 
     def kept(self, made: Plan, span: Span) -> Tensor:
@@ -223,22 +240,7 @@ class TouchedRows:
         if block.place is None:
             self.table.index_add_(0, made.rows[block.row : block.row_stop], changes)
         else:
-            self.table[block.place : block.place + changes.shape[0]] += changes
-
-
-def _room_for(n_rows: int, like: Tensor) -> Tensor:
-    """An uninitialised table (n_rows,V). A large one comes on huge pages where the system has them: handing out its
-    pages one by one otherwise takes longer than filling them (64 MiB on Linux: 42 ms, and 15 ms so)."""
-    n_bytes = n_rows * like.shape[1] * like.element_size()
-    if like.device.type != "cpu" or n_bytes < LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return like.new_empty(n_rows, like.shape[1])
-    try:
-        memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # no huge pages, or no memory, which torch says in its own words
-        return like.new_empty(n_rows, like.shape[1])
-    # The tensor keeps the memory alive.
-    return torch.frombuffer(memory, dtype=like.dtype).view(n_rows, like.shape[1])
+            self.table[block.place : block.place + changes.shape[0]].add_(changes)
 
 
 class UntouchedRows:

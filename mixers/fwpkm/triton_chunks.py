@@ -7,14 +7,20 @@ depend on the values, so the call runs in three parts:
     B. one stable sort of all (chunk, slot) accesses
     C. value_chain: for every chunk, read and take the errors, step the rows that were read
 
-The backward goes in the opposite order, from the rows that each chunk overwrote and the keys that it used: C' and A'.
+The given table is not copied: a row that is stepped becomes a new *version*, a row of a tensor of its own, and only if
+a later chunk reads it (:mod:`mixers.kernels.versions`). The table after the call is made of the given one, the versions
+and each row's last step when it is asked for. Only a call without gradients and with more accesses than the table has
+rows works in place, on a copy.
+
+The backward goes in the opposite order, from the versions that each chunk read and the keys that it used: C' and A'.
 A chain is one launch: its programs go from chunk to chunk together and meet where a step needs what another wrote
 (:mod:`mixers.kernels.barrier`). So the number of launches does not depend on the number of chunks. Nothing waits for
 the device on the host, or has a size that depends on data, so a call can be captured in a CUDA graph.
 
-Cost at B sequences, J = H*k slots a token, float32, beside inputs and outputs: forward about 4 (4 J V + 4 V + 3 H K)
-bytes per token, backward the same again; kept for the backward: J V + 2 H K elements per token and the keys of each
-chunk. Every row that a chunk touches is read once, kept once (training) and written once; a read gathers J rows.
+Cost at J = H*k slots a token, float32, beside inputs and outputs, with p the share of accesses whose row a later chunk
+reads: forward about 4 ((1 + 2 p) J V + 5 V + 3 H K) bytes per token, backward as much again and 4 p J V more; kept for
+the backward: J V + V + 2 H K elements per token and the keys of each chunk. The backward writes the derivatives of the
+versions over the versions, unless the graph is kept or the table may still be asked for.
 
 Differences from the reference: slots of equal score are taken lowest index first; sub-keys are ranked by tf32x3
 products before the chosen are scored exactly, so two sub-keys whose distances differ by less than about 1e-6 |q| |key|
@@ -23,6 +29,7 @@ may swap; ``value_loss`` and ``address_loss`` carry no gradient.
 
 from __future__ import annotations
 
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -31,13 +38,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mixers.errors import UserError
-from mixers.fwpkm.reference import ENTROPY_EPS, ChunkOptions, ChunksOutput
+from mixers.fwpkm.last_table import LastTable
+from mixers.fwpkm.reference import ENTROPY_EPS, ChunkOptions
 from mixers.kernels.address import combine
-from mixers.kernels.groups import Groups, group_accesses
 from mixers.kernels.key_chain import key_chain
 from mixers.kernels.key_chain_backward import key_chain_backward
 from mixers.kernels.value_chain import value_chain
 from mixers.kernels.value_chain_backward import value_chain_backward
+from mixers.kernels.versions import Accesses, find_versions
 
 MAX_SUBKEYS, MAX_TOP_K, MAX_VALUE_DIM = 1024, 32, 4096
 
@@ -61,13 +69,35 @@ def unsupported(device: torch.device, dtype: torch.dtype, n_subkeys: int, value_
     return ""
 
 
+class TritonOutput(NamedTuple):
+    """As :class:`mixers.fwpkm.reference.ChunksOutput`, the values made when asked for; ``keys`` and ``values`` are None
+    where the memory does not go on."""
+
+    read: Tensor
+    keys: Tensor | None
+    values: LastTable | None
+    slots: Tensor
+    weights: Tensor
+    value_loss: Tensor
+    address_loss: Tensor
+
+
 @torch.compiler.disable
 def write_chunks(
-    q: Tensor, v: Tensor, gate: Tensor | None, keys: Tensor, values: Tensor, mask: Tensor | None, options: ChunkOptions
-) -> ChunksOutput:
+    q: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    options: ChunkOptions,
+    *,
+    goes_on: bool = True,
+) -> TritonOutput:
     """Read and write q (M,R,T,H,K), v (M,R,T,V), gate and mask (M,R,T) chunk by chunk into keys and values.
 
     Arguments and result as :func:`mixers.fwpkm.reference.write_chunks`: new tables, the given ones stay as they are.
+    ``goes_on``: whether they are wanted. Without, the last chunk only reads and has no part in the losses.
 
     Raises:
         UserError: an option, size, dtype or device has no kernel.
@@ -77,16 +107,22 @@ def write_chunks(
         raise UserError(f"fast_weight_pkm: impl='triton' has no kernel for {why}; use impl='auto' or 'reference'")
     inputs = (q, v, gate, keys, values)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        return ChunksOutput(*_WriteChunks.apply(*inputs, mask, options))
-    return _forward(q, v, gate, keys, values, mask, options, keep=False)[0]
+        last = LastTable()
+        read, new_keys, place, *rest = _WriteChunks.apply(*inputs, mask, options, last, goes_on)
+        if place is not None:
+            last.place = place
+        return TritonOutput(read, new_keys, last if goes_on else None, *rest)
+    last = LastTable()
+    out, _ = _forward(q, v, gate, keys, values, mask, options, last, keep=False, goes_on=goes_on)
+    return out
 
 
 class _Kept(NamedTuple):
     """What the backward needs of a forward, besides its inputs. E = M*R*T*J accesses, n_chunks = ceil(T / C).
 
     keys (n_chunks,M,H,2,n,K/2): as each chunk used them. indices, measures, probabilities (M,R,T,H,2,k). pairs, slots,
-    weights (M,R,T,J). read (M,R,T,V). mean (n_chunks,M,2,n). totals (n_chunks,M,H,2,n) of the keys' steps. pair_weight (M,R,T). scale (n_chunks,M): -lr * scale.
-    order, row, first, count: :class:`Groups`. overwritten (E,V).
+    weights (M,R,T,J). read (M,R,T,V). mean (n_chunks,M,2,n), totals (n_chunks,M,H,2,n): of the keys' steps. table (1 or
+    M,N,V), versions (E,V): the rows that were read. order to move: :class:`Accesses`.
     """
 
     keys: Tensor
@@ -99,13 +135,19 @@ class _Kept(NamedTuple):
     read: Tensor
     mean: Tensor
     totals: Tensor
-    pair_weight: Tensor
-    scale: Tensor
+    table: Tensor
+    versions: Tensor
     order: Tensor
-    row: Tensor
-    first: Tensor
+    group: Tensor
     count: Tensor
-    overwritten: Tensor
+    before: Tensor
+    after: Tensor
+    factor: Tensor
+    move: Tensor
+
+    @property
+    def accesses(self) -> Accesses:
+        return Accesses(*self[-len(Accesses._fields) :])
 
 
 def _forward(
@@ -116,19 +158,23 @@ def _forward(
     values: Tensor,
     mask: Tensor | None,
     options: ChunkOptions,
+    last: LastTable,
     *,
     keep: bool,
-) -> tuple[ChunksOutput, _Kept | None]:
+    goes_on: bool,
+) -> tuple[TritonOutput, _Kept | None]:
+    """The results, ``last`` among them, and with ``keep`` what the backward needs."""
     o = options
     q, v = q.contiguous(), v.contiguous()
+    gate, mask = (None if tensor is None else tensor.contiguous() for tensor in (gate, mask))
     n_memories, n_rows, n_tokens, n_heads, _ = q.shape
-    n_subkeys, value_dim, top_k = keys.shape[3], values.shape[-1], o.top_k
+    n_slots, value_dim = values.shape[1:]
+    n_subkeys, top_k = keys.shape[3], o.top_k
     tokens, n_read = (n_memories, n_rows, n_tokens), n_heads * top_k
     n_chunks = -(-n_tokens // o.chunk_size)
     n_kept_keys = n_chunks + 1 if keep and o.address_weight != 0 else 1
     all_keys = keys.new_empty(n_kept_keys, *keys.shape)
     all_keys[0] = keys
-    table = values.clone(memory_format=torch.contiguous_format)
     read = q.new_empty(*tokens, value_dim)
     indices = torch.empty(*tokens, n_heads, 2, top_k, dtype=torch.int32, device=q.device)
     measures, probabilities = q.new_empty(indices.shape), q.new_empty(indices.shape)
@@ -137,7 +183,8 @@ def _forward(
     weights = q.new_empty(*tokens, n_read)
     if not read.shape[:3].numel():
         nothing = q.new_zeros(())
-        return ChunksOutput(read, all_keys[0], table, slots, weights, nothing, nothing.clone()), None
+        last.keep(values, n_memories, slots)
+        return TritonOutput(read, all_keys[0], last, slots, weights, nothing, nothing.clone()), None
 
     # Without a step nothing is used, and the loss is 0.
     mean = (q.new_empty if o.address_weight else q.new_zeros)(n_chunks, n_memories, 2, n_subkeys)
@@ -146,39 +193,68 @@ def _forward(
         q, all_keys, indices, measures, probabilities, mean, totals, o.chunk_size, o.score, o.lr, o.address_weight
     )
     combine(indices, measures, pairs, slots, weights, n_subkeys, o.score, o.temperature)
-    groups = group_accesses(slots, values.shape[1], o.chunk_size)
-    pair_weight = _pair_weight(q, gate, mask, o)
-    scale = _scale(q, mask, o)
+    accesses = find_versions(slots, weights, _scale(q, mask, o), n_slots, o.chunk_size)
+    if keep or slots.numel() <= n_memories * n_slots:
+        table = values[:1] if values.stride(0) == 0 else values
+        table = table.contiguous()
+        versions, error = q.new_empty(slots.numel(), value_dim), torch.empty_like(read)
+        last.keep(table, n_memories, slots, versions, error, accesses)
+    else:
+        # Fewer rows than versions: a copy of the table, stepped in place.
+        table = values.clone(memory_format=torch.contiguous_format)
+        versions = error = None
+        last = LastTable(table)
     squared_error = q.new_empty(tokens)
-    overwritten = q.new_empty(slots.numel(), value_dim) if keep else None
     value_chain(
-        table, slots, weights, v, pair_weight, scale, groups, read, squared_error, overwritten, o.chunk_size,
-        o.lookahead,
-    )  # fmt: skip
+        table, versions, slots, weights, v, gate, mask, accesses, read, squared_error, error, o.chunk_size, o.lookahead
+    )
 
-    n_pairs = n_memories * n_rows * sum(max(size - o.lookahead, 0) for size in _sizes(n_tokens, o.chunk_size))
-    out = ChunksOutput(
+    sizes = _sizes(n_tokens, o.chunk_size)
+    if not goes_on:
+        squared_error, mean, sizes = squared_error[:, :, : -sizes[-1]], mean[:-1], sizes[:-1]
+    n_pairs = n_memories * n_rows * sum(max(size - o.lookahead, 0) for size in sizes)
+    out = TritonOutput(
         read,
         # A copy where it is one of many: a state would keep the keys of all chunks alive.
-        all_keys[-1].clone() if n_kept_keys > 1 else all_keys[-1],
-        table,
+        (all_keys[-1].clone() if n_kept_keys > 1 else all_keys[-1]) if goes_on else None,
+        last if goes_on else None,
         slots,
         weights,
-        0.5 * squared_error.sum() / max(n_pairs, 1),
-        o.address_weight * (mean * torch.log(mean + ENTROPY_EPS)).sum() / (n_memories * n_chunks),
+        squared_error.sum() * (0.5 / max(n_pairs, 1)),
+        (torch.log(mean + ENTROPY_EPS) * mean).sum() * (o.address_weight / max(n_memories * len(sizes), 1)),
     )
-    if overwritten is None:
+    if not keep:
         return out, None
     kept = _Kept(
-        all_keys, indices, measures, probabilities, pairs, slots, weights, read, mean, totals, pair_weight, scale,
-        *groups, overwritten,
-    )  # fmt: skip
+        all_keys, indices, measures, probabilities, pairs, slots, weights, read, mean, totals, table, versions, *accesses
+    )
     return out, kept
 
 
 def _sizes(n_tokens: int, chunk_size: int) -> list[int]:
     """Tokens of each chunk."""
     return [min(chunk_size, n_tokens - start) for start in range(0, n_tokens, chunk_size)]
+
+
+def _scale(q: Tensor, mask: Tensor | None, options: ChunkOptions) -> Tensor:
+    """(n_chunks,M): -lr times the scale of the update; for ``released``, scale = H k ns / M pairs."""
+    o = options
+    n_memories, n_rows, n_tokens, n_heads, _ = q.shape
+    sizes = _sizes(n_tokens, o.chunk_size)
+    if o.update_scale == "paper":
+        return q.new_full((len(sizes), n_memories), -o.lr)
+    n_effective = None
+    if mask is not None:
+        real = torch.nn.functional.pad(
+            (mask * _writes(q, o)).to(q.dtype).sum(1), (0, len(sizes) * o.chunk_size - n_tokens)
+        )
+        n_effective = real.view(n_memories, len(sizes), o.chunk_size).sum(-1).T
+    # Filled on the device: only the last chunk may be shorter, and a copy from the host can't be captured.
+    scale = q.new_empty(len(sizes), n_memories)
+    for part, size in ((slice(0, -1), sizes[0]), (slice(-1, None), sizes[-1])):
+        per_token = -o.lr * n_heads * o.top_k / max(n_rows * max(size - o.lookahead, 0), 1)
+        scale[part] = per_token * (n_rows * size if n_effective is None else n_effective[part])
+    return scale
 
 
 def _writes(q: Tensor, options: ChunkOptions) -> Tensor:
@@ -189,47 +265,20 @@ def _writes(q: Tensor, options: ChunkOptions) -> Tensor:
     return token + options.lookahead < chunk_end.clamp(max=n_tokens)
 
 
-def _pair_weight(q: Tensor, gate: Tensor | None, mask: Tensor | None, options: ChunkOptions) -> Tensor:
-    """g_t m_t (M,R,T), contiguous; zero for tokens without a target."""
-    weight = _writes(q, options).to(q.dtype).expand(q.shape[:3])
-    if gate is not None:
-        weight = weight * gate
-    if mask is not None:
-        weight = weight * mask
-    return weight.contiguous()
-
-
-def _scale(q: Tensor, mask: Tensor | None, options: ChunkOptions) -> Tensor:
-    """(n_chunks,M): -lr times the scale of the update; for ``released``, scale = H k ns / M pairs."""
-    o = options
-    n_memories, n_rows, n_tokens, n_heads, _ = q.shape
-    sizes = _sizes(n_tokens, o.chunk_size)
-    if o.update_scale == "paper":
-        return q.new_full((len(sizes), n_memories), -o.lr)
-    # Filled on the device: only the last chunk may be shorter, and a copy from the host can't be captured.
-    n_pairs, n_effective = q.new_empty(len(sizes), 1), q.new_empty(len(sizes), n_memories)
-    for part, size in ((slice(0, -1), sizes[0]), (slice(-1, None), sizes[-1])):
-        n_pairs[part] = max(n_rows * max(size - o.lookahead, 0), 1)
-        n_effective[part] = n_rows * size
-    if mask is not None:
-        real = (mask * _writes(q, o)).to(q.dtype).sum(1)
-        real = torch.nn.functional.pad(real, (0, len(sizes) * o.chunk_size - n_tokens))
-        n_effective = real.view(n_memories, len(sizes), o.chunk_size).sum(-1).T
-    ratio = n_effective / n_pairs
-    return (-o.lr * n_heads * o.top_k * ratio).contiguous()
-
-
 class _WriteChunks(torch.autograd.Function):
-    """The forward, keeping what the closed-form backward needs. Nothing kept is written to by the backward."""
+    """The forward, keeping what the closed-form backward needs."""
 
     @staticmethod
-    def forward(ctx, q, v, gate, keys, values, mask, options):
-        out, kept = _forward(q, v, gate, keys, values, mask, options, keep=True)
+    def forward(ctx, q, v, gate, keys, values, mask, options, last, goes_on):
+        out, kept = _forward(q, v, gate, keys, values, mask, options, last, keep=True, goes_on=goes_on)
         ctx.options, ctx.shapes = options, (keys.shape, values.shape)
+        # Not the table itself: it would keep its own call alive.
+        ctx.last = weakref.ref(last)
         ctx.save_for_backward(q, v, gate, mask, *(kept or ()))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(out.slots, out.value_loss, out.address_loss)
-        return tuple(out)
+        place = values.new_empty(()).expand(values.shape) if goes_on else None
+        return out.read, out.keys, place, out.slots, out.weights, out.value_loss, out.address_loss
 
     @staticmethod
     @once_differentiable
@@ -238,21 +287,27 @@ class _WriteChunks(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if not kept:
             # No tokens: the tables went through unchanged.
-            return q.new_zeros(q.shape), v.new_zeros(v.shape), gate, d_keys, d_values, None, None
+            return q.new_zeros(q.shape), v.new_zeros(v.shape), gate, d_keys, d_values, None, None, None, None
+        last = ctx.last()
+        reuse = not (_graph_is_kept() or (last is not None and last.needs_versions))
         gradients = _backward(
-            q, v, _Kept(*kept), d_out, d_keys, d_values, d_weights, ctx.shapes, ctx.options,
-            needs_keys=needs[3], needs_values=needs[4],
+            q, v, gate, mask, _Kept(*kept), d_out, d_keys, d_values, d_weights, ctx.shapes, ctx.options,
+            needs_keys=needs[3], needs_values=needs[4], reuse_versions=reuse,
         )  # fmt: skip
-        d_q, d_v, d_pair_weight, d_keys, d_values = gradients
-        d_gate = None
-        if gate is not None and needs[2]:
-            d_gate = d_pair_weight if mask is None else d_pair_weight * mask
-        return d_q, d_v, d_gate, d_keys, d_values, None, None
+        return *gradients, None, None, None, None
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward that runs may be followed by another through the same graph (``retain_graph``)."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or asked()
 
 
 def _backward(
     q: Tensor,
     v: Tensor,
+    gate: Tensor | None,
+    mask: Tensor | None,
     kept: _Kept,
     d_out: Tensor | None,
     d_keys: Tensor | None,
@@ -263,31 +318,31 @@ def _backward(
     *,
     needs_keys: bool,
     needs_values: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Derivatives of q, v, the pair weights and the two tables (section by section the forward in reverse)."""
+    reuse_versions: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Derivatives of q, v, the gate and the two tables (section by section the forward in reverse)."""
     o = options
     q, v = q.contiguous(), v.contiguous()
+    gate, mask = (None if tensor is None else tensor.contiguous() for tensor in (gate, mask))
     keys_shape, values_shape = shapes
     d_out = q.new_zeros(kept.read.shape) if d_out is None else d_out.contiguous()
     d_weights = None if d_weights is None else d_weights.contiguous()
 
-    # C'. Derivative of the table after each chunk, in place in one table, from the last chunk to the first.
-    touched = None
-    if d_values is not None:
-        later = d_values.clone(memory_format=torch.contiguous_format)
+    # C'. Derivative of the rows after each chunk, from the last chunk to the first.
+    given = d_values is not None
+    if not given:
+        d_table = q.new_zeros(values_shape) if needs_values else None
     elif needs_values:
-        later = q.new_zeros(values_shape)
+        d_table = d_values.clone(memory_format=torch.contiguous_format)
     else:
-        later = q.new_empty(values_shape)
-        touched = torch.zeros(values_shape[:-1], dtype=torch.int8, device=q.device)
-    group_of, factors = _by_access(kept, values_shape[1], o)
-    d_v = torch.zeros_like(v)
-    d_pair_weight = torch.empty_like(kept.pair_weight)
+        d_table = d_values.contiguous()
+    d_v = torch.empty_like(v)
+    d_gate = None if gate is None else torch.empty_like(gate)
     d_half = torch.empty_like(kept.measures)
     value_chain_backward(
-        later, touched, kept.overwritten, kept.slots, group_of, factors, kept.weights, kept.pairs,
-        Groups(kept.order, kept.row, kept.first, kept.count), kept.read, v, kept.pair_weight, d_out, d_weights,
-        o.temperature, d_v, d_pair_weight, d_half, o.chunk_size, o.lookahead, needs_values=needs_values,
+        kept.versions if reuse_versions else torch.empty_like(kept.versions), d_table, kept.table, kept.versions,
+        kept.slots, kept.weights, kept.pairs, kept.accesses, kept.read, v, gate, mask, d_out, d_weights, o.temperature,
+        d_v, d_gate, d_half, o.chunk_size, o.lookahead, given=given, needs_table=needs_values,
     )  # fmt: skip
 
     # A'. Derivative of the keys after each chunk; the last chunk's step matters only to the keys that go on.
@@ -297,16 +352,4 @@ def _backward(
         q, kept.keys, d_keys, kept.indices, kept.measures, kept.probabilities, d_half, kept.mean, kept.totals, d_q,
         o.chunk_size, o.score, o.lr, o.address_weight, needs_keys=needs_keys,
     )  # fmt: skip
-    return d_q, d_v, d_pair_weight, d_keys if needs_keys else None, later if needs_values else None
-
-
-def _by_access(kept: _Kept, n_slots: int, options: ChunkOptions) -> tuple[Tensor, Tensor]:
-    """Per access, in the order of the tokens: the position of its group, and its row's -lr * scale / cnt (E,)."""
-    n_accesses = kept.order.numel()
-    n_tokens = kept.slots.shape[2]
-    group_of = torch.empty_like(kept.order).scatter_(0, kept.order, kept.first)
-    per_chunk = n_accesses // n_tokens * options.chunk_size
-    chunk = torch.arange(n_accesses, device=kept.order.device).div(per_chunk, rounding_mode="floor")
-    memory = kept.row.div(n_slots, rounding_mode="floor")
-    factor = kept.scale.flatten()[chunk * kept.scale.shape[1] + memory] / kept.count
-    return group_of, torch.empty_like(factor).scatter_(0, kept.order, factor)
+    return d_q, d_v, d_gate, d_keys if needs_keys else None, d_table if needs_values else None

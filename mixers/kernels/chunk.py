@@ -2,30 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
-
-
-class Chunk(NamedTuple):
-    """One chunk of a call: tokens start .. start + n_chunk of each of the M*R sequences of n_tokens tokens."""
-
-    n_memories: int
-    n_rows: int
-    n_tokens: int
-    start: int
-    n_chunk: int
-
-    @property
-    def n_queries(self) -> int:
-        """S: the tokens of one memory in this chunk."""
-        return self.n_rows * self.n_chunk
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """What :func:`token_of` needs, in its order."""
-        return self.n_rows, self.n_chunk, self.n_tokens, self.start
 
 
 @triton.jit

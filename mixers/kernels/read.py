@@ -4,92 +4,70 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from mixers.kernels.chunk import Chunk, token_of
-from mixers.kernels.launch import launch
+from mixers.kernels.chunk import token_of
+
+
+@triton.jit
+def newest_rows(table, row, versions, version, VALUE: tl.constexpr):
+    """Where the rows of V stand: row ``version`` of ``versions``, or, where that is -1, ``row`` of ``table``."""
+    return tl.where(version >= 0, versions + version.to(tl.int64) * VALUE, table + row * VALUE)
+
+
+@triton.jit
+def pair_weight_of(gate, mask, token, writes, like, GATED: tl.constexpr, MASKED: tl.constexpr):
+    """g_t m_t of a token, 0 where it has no target; of the element type of ``like``."""
+    weight = writes.to(like.dtype.element_ty)
+    if GATED:
+        weight = weight * tl.load(gate + token)
+    if MASKED:
+        weight = weight * tl.load(mask + token).to(weight.dtype)
+    return weight
 
 
 @triton.jit
 def read_token(
-    query, memory, table, slots, weights, v, pair_weight, out, error, squared_error,
-    n_table, n_rows, n_chunk, n_tokens, start, lookahead,
-    N_READ: tl.constexpr, VALUE: tl.constexpr, WRITE: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_V: tl.constexpr,
+    query, memory, table, table_step, versions, before, slots, weights, v, gate, mask, out, error, squared_error,
+    n_rows, n_chunk, n_tokens, start, lookahead,
+    N_READ: tl.constexpr, VALUE: tl.constexpr, VERSIONS: tl.constexpr, GATED: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """out_t = sum_j w_tj table[slot_tj] of one query; with WRITE also what its pair will write.
+    """out_t = sum_j a_tj row_tj of one query, BLOCK_J rows in flight, and what its pair will write.
 
-    error (M,S,V), scratch for one chunk: pair_weight_t (read_t - v_{t+L}), zero for the last L tokens of the chunk.
-    squared_error (M,R,T): pair_weight_t mean_V (read_t - v_{t+L})^2.
+    row_tj is row m * table_step + slot_tj of the table; with VERSIONS row ``before`` of ``versions`` where that is not
+    -1. With w_t = :func:`pair_weight_of`, error = w_t (read_t - v_{t+L}), zero for the last L tokens of the chunk:
+    (M,R,T,V) with VERSIONS, else scratch for one chunk (M,S,V). squared_error (M,R,T): w_t mean_V (read_t - v_{t+L})^2.
 
-    Bytes per token: J V table elements, scattered in rows of V; V out; with WRITE V of v in and V of errors out.
+    Bytes per token: J V row elements, scattered in rows of V; V of v in, 2 V out.
     """
     token = token_of(query, memory, n_rows, n_chunk, n_tokens, start)
     v_index = tl.arange(0, BLOCK_V)
-    inside = v_index < VALUE
-    first_row = memory.to(tl.int64) * n_table
-    if WRITE:
-        # Asked for before the rows, which take longest.
-        writes = query % n_chunk + lookahead < n_chunk
-        # Not ``inside & writes``: of a block and a scalar some of triton's interpreters make no mask.
-        pair = v_index < tl.where(writes, VALUE, 0)
-        target = tl.load(v + (token + lookahead) * VALUE + v_index, pair, 0.0)
-        token_weight = tl.load(pair_weight + token)
+    # Asked for before the rows, which take longest.
+    writes = query % n_chunk + lookahead < n_chunk
+    # Not ``block & writes``: of a block and a scalar some of triton's interpreters make no mask.
+    pair = v_index < tl.where(writes, VALUE, 0)
+    target = tl.load(v + (token + lookahead) * VALUE + v_index, pair, 0.0)
+    token_weight = pair_weight_of(gate, mask, token, writes, v, GATED, MASKED)
+    first_row = memory.to(tl.int64) * table_step
     read = tl.zeros((BLOCK_V,), dtype=table.dtype.element_ty)
     for first in range(0, N_READ, BLOCK_J):
         j = first + tl.arange(0, BLOCK_J)
-        slot = tl.load(slots + token * N_READ + j, j < N_READ, 0)
-        weight = tl.load(weights + token * N_READ + j, j < N_READ, 0.0)
-        rows = tl.load(
-            table + (first_row + slot)[:, None] * VALUE + v_index[None, :], (j < N_READ)[:, None] & inside[None, :], 0.0
-        )
+        listed = j < N_READ
+        row = first_row + tl.load(slots + token * N_READ + j, listed, 0)
+        if VERSIONS:
+            place = newest_rows(table, row, versions, tl.load(before + token * N_READ + j, listed, -1), VALUE)
+        else:
+            place = table + row * VALUE
+        weight = tl.load(weights + token * N_READ + j, listed, 0.0)
+        rows = tl.load(place[:, None] + v_index[None, :], listed[:, None] & (v_index < VALUE)[None, :], 0.0)
         read += tl.sum(weight[:, None] * rows, axis=0)
-    tl.store(out + token * VALUE + v_index, read, inside)
-    if WRITE:
-        difference = tl.where(pair, read - target, 0.0)
-        scratch = (memory.to(tl.int64) * n_rows * n_chunk + query) * VALUE
-        tl.store(error + scratch + v_index, token_weight * difference, inside)
-        tl.store(squared_error + token, token_weight * (tl.sum(difference * difference, axis=0) / VALUE))
-
-
-@triton.jit(do_not_specialize=["n_table", "n_rows", "n_chunk", "n_tokens", "start"])
-def read_kernel(
-    table,  # (M,N,V)
-    slots,  # (M,R,T,J) int64
-    weights,  # (M,R,T,J)
-    out,  # out (M,R,T,V)
-    n_table,
-    n_rows,
-    n_chunk,
-    n_tokens,
-    start,
-    N_READ: tl.constexpr,
-    VALUE: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    read_token(
-        tl.program_id(0), tl.program_id(1), table, slots, weights, out, weights, out, out, weights,
-        n_table, n_rows, n_chunk, n_tokens, start, 0, N_READ, VALUE, False, BLOCK_J, BLOCK_V,
-    )  # fmt: skip
-
-
-def read_rows(table: Tensor, slots: Tensor, weights: Tensor, out: Tensor, chunk: Chunk) -> None:
-    """out (M,R,T,V) = sum_j weights_j table[slots_j] for table (M,N,V), slots and weights (M,R,T,J).
-
-    Bytes per token: J V table elements in, V out, 12 J of slots and weights.
-    """
-    value_dim, n_read = table.shape[-1], slots.shape[-1]
-    block_v = triton.next_power_of_2(value_dim)
-    launch(
-        read_kernel,
-        (chunk.n_queries, chunk.n_memories),
-        *(table, slots, weights, out, table.shape[1], *chunk.sizes),
-        N_READ=n_read,
-        VALUE=value_dim,
-        BLOCK_J=rows_at_once(n_read, block_v),
-        BLOCK_V=block_v,
-        num_warps=4 if block_v >= 512 else 2 if block_v >= 256 else 1,
-    )
+    tl.store(out + token * VALUE + v_index, read, v_index < VALUE)
+    difference = tl.where(pair, read - target, 0.0)
+    error_row = token
+    if not VERSIONS:
+        error_row = memory.to(tl.int64) * n_rows * n_chunk + query
+    tl.store(error + error_row * VALUE + v_index, token_weight * difference, v_index < VALUE)
+    tl.store(squared_error + token, token_weight * (tl.sum(difference * difference, axis=0) / VALUE))
 
 
 def rows_at_once(n_read: int, block_v: int) -> int:

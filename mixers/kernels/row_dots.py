@@ -1,4 +1,4 @@
-"""Inner products of gathered rows with a token's row: the derivative of a read with respect to its weights."""
+"""Inner products of gathered rows with a token's row: the scores of experts that are rows of a table."""
 
 from __future__ import annotations
 
@@ -6,33 +6,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixers.kernels.chunk import Chunk, token_of
 from mixers.kernels.launch import launch
 from mixers.kernels.read import rows_at_once
 
 
-@triton.jit(do_not_specialize=["n_table", "n_rows", "n_chunk", "n_tokens", "start"])
+@triton.jit(do_not_specialize=["n_table", "n_queries"])
 def row_dots_kernel(
     table,  # (M,N,V)
-    slots,  # (M,R,T,J) int64
-    tokens,  # (M,R,T,V)
-    dots,  # out (M,R,T,J)
+    slots,  # (M,S,J) int64
+    tokens,  # (M,S,V)
+    dots,  # out (M,S,J)
     n_table,
-    n_rows,
-    n_chunk,
-    n_tokens,
-    start,
+    n_queries,
     N_READ: tl.constexpr,
     VALUE: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    memory = tl.program_id(1)
-    token = token_of(tl.program_id(0), memory, n_rows, n_chunk, n_tokens, start)
+    token = tl.program_id(0).to(tl.int64)
     v_index = tl.arange(0, BLOCK_V)
     inside = v_index < VALUE
     row = tl.load(tokens + token * VALUE + v_index, inside, 0.0)
-    first_row = memory.to(tl.int64) * n_table
+    first_row = token // n_queries * n_table
     for first in range(0, N_READ, BLOCK_J):
         j = first + tl.arange(0, BLOCK_J)
         slot = tl.load(slots + token * N_READ + j, j < N_READ, 0)
@@ -42,8 +37,8 @@ def row_dots_kernel(
         tl.store(dots + token * N_READ + j, tl.sum(rows * row[None, :], axis=1), j < N_READ)
 
 
-def row_dots(table: Tensor, slots: Tensor, tokens: Tensor, dots: Tensor, chunk: Chunk) -> None:
-    """dots (M,R,T,J) = <table[slots_j], tokens_t> for table (M,N,V), slots (M,R,T,J), tokens (M,R,T,V).
+def row_dots(table: Tensor, slots: Tensor, tokens: Tensor, dots: Tensor) -> None:
+    """dots (M,S,J) = <table[slots_j], tokens_t> for table (M,N,V), slots (M,S,J), tokens (M,S,V).
 
     Bytes per token: J V table elements and V of the token in, J out.
     """
@@ -51,13 +46,8 @@ def row_dots(table: Tensor, slots: Tensor, tokens: Tensor, dots: Tensor, chunk: 
     block_v = triton.next_power_of_2(value_dim)
     launch(
         row_dots_kernel,
-        (chunk.n_queries, chunk.n_memories),
-        table,
-        slots,
-        tokens,
-        dots,
-        table.shape[1],
-        *chunk.sizes,
+        (slots.shape[0] * slots.shape[1],),
+        *(table, slots, tokens, dots, table.shape[1], slots.shape[1]),
         N_READ=n_read,
         VALUE=value_dim,
         BLOCK_J=rows_at_once(n_read, block_v),

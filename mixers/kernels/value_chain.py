@@ -7,33 +7,35 @@ import triton.language as tl
 from torch import Tensor
 
 from mixers.kernels.barrier import begin, meet, meetings, n_programs
-from mixers.kernels.groups import Groups
 from mixers.kernels.launch import launch
 from mixers.kernels.read import read_token, rows_at_once
-from mixers.kernels.update import step_positions, update_tile_sizes
+from mixers.kernels.row_steps import step_rows, step_tile_sizes, table_step
+from mixers.kernels.versions import Accesses
 
 # Programs of four warps on a multiprocessor, and registers a thread that leave room for them.
 PROGRAMS, REGISTERS = 4, 128
 
 
-@triton.jit(do_not_specialize=["n_table", "n_memories", "n_rows", "n_tokens", "chunk_size", "n_chunks", "lookahead"])
+@triton.jit(do_not_specialize=["table_step", "n_memories", "n_rows", "n_tokens", "chunk_size", "n_chunks", "lookahead"])
 def value_chain_kernel(
-    table,  # in and out (M*N,V)
+    table,  # (1 or M,N,V); without VERSIONS in and out (M,N,V)
+    versions,  # out (E,V), VERSIONS only
     slots,  # (M,R,T,J) int64
     weights,  # (M,R,T,J)
     v,  # (M,R,T,V)
-    pair_weight,  # (M,R,T)
-    scale,  # (n_chunks,M)
+    gate,  # (M,R,T), GATED only
+    mask,  # (M,R,T), MASKED only
     order,
-    row,
-    first_of,
-    count_of,  # (E,) each
+    group,
+    count,
+    before,
+    after,
+    move,  # (E,) each
     read,  # out (M,R,T,V)
     squared_error,  # out (M,R,T)
-    overwritten,  # out (E,V), KEEP only
-    error,  # scratch (M,S,V)
+    error,  # out (M,R,T,V); without VERSIONS scratch (M,S,V)
     arrived,  # of :func:`meetings`
-    n_table,
+    table_step,
     n_memories,
     n_rows,
     n_tokens,
@@ -42,7 +44,9 @@ def value_chain_kernel(
     lookahead,
     N_READ: tl.constexpr,
     VALUE: tl.constexpr,
-    KEEP: tl.constexpr,
+    VERSIONS: tl.constexpr,
+    GATED: tl.constexpr,
+    MASKED: tl.constexpr,
     BLOCK_J: tl.constexpr,
     READ_V: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -60,64 +64,74 @@ def value_chain_kernel(
         n_queries = n_rows * n_chunk
         for query in range(program, n_memories * n_queries, n_together):
             read_token(
-                query % n_queries, query // n_queries, table, slots, weights, v, pair_weight, read, error,
-                squared_error, n_table, n_rows, n_chunk, n_tokens, start, lookahead,
-                N_READ, VALUE, True, BLOCK_J, READ_V,
+                query % n_queries, query // n_queries, table, table_step, versions, before, slots, weights, v, gate,
+                mask, read, error, squared_error, n_rows, n_chunk, n_tokens, start, lookahead,
+                N_READ, VALUE, VERSIONS, GATED, MASKED, BLOCK_J, READ_V,
             )  # fmt: skip
         n_meetings += 1
         meet(arrived, n_meetings, TIMED)
 
-        first = start.to(tl.int64) * n_memories * n_rows * N_READ
-        n_positions = n_memories * n_queries * N_READ
-        for tile in range(program, tl.cdiv(n_positions, BLOCK_G), n_together):
-            step_positions(
-                first + tile * BLOCK_G + tl.arange(0, BLOCK_G), first + n_positions, table, error, weights,
-                scale + chunk * n_memories, order, row, first_of, count_of, overwritten, table, n_chunk, n_tokens,
-                start, n_table, N_READ, VALUE, True, KEEP, False, BLOCK_G, BLOCK_E, STEP_V,
-            )  # fmt: skip
-        n_meetings += 1
-        meet(arrived, n_meetings, TIMED)
+        # No later chunk reads what the last one writes.
+        n_steps = n_chunks - 1 if VERSIONS else n_chunks
+        if chunk < n_steps:
+            n_accesses = n_memories * n_queries * N_READ
+            n_tiles = tl.cdiv(n_accesses, BLOCK_G)
+            # Backwards: what was read last is still in the L2 cache.
+            for tile in range(program, n_tiles, n_together):
+                step_rows(
+                    n_tiles - 1 - tile, table, table_step, versions, before, after, slots, error, move, order, count,
+                    group, n_accesses, n_rows, n_chunk, n_tokens, start,
+                    N_READ, VALUE, VERSIONS, BLOCK_G, BLOCK_E, STEP_V,
+                )  # fmt: skip
+            n_meetings += 1
+            meet(arrived, n_meetings, TIMED)
 
 
 def value_chain(
     table: Tensor,
+    versions: Tensor | None,
     slots: Tensor,
     weights: Tensor,
     v: Tensor,
-    pair_weight: Tensor,
-    scale: Tensor,
-    groups: Groups,
+    gate: Tensor | None,
+    mask: Tensor | None,
+    accesses: Accesses,
     read: Tensor,
     squared_error: Tensor,
-    overwritten: Tensor | None,
+    error: Tensor | None,
     chunk_size: int,
     lookahead: int,
 ) -> None:
-    """Read v's predictions from ``table`` (M,N,V) and step the rows that were read, chunk by chunk, in place.
+    """Read v's predictions from the rows of ``table`` and step the rows that were read, chunk by chunk.
 
-    slots, weights (M,R,T,J), v and ``read`` (M,R,T,V), pair_weight and squared_error (M,R,T), scale (n_chunks,M).
-    ``overwritten`` (E,V): where given, row p receives the old row of the group that starts at position p of ``groups``;
-    other rows of it are not written.
+    slots, weights (M,R,T,J), v and ``read`` (M,R,T,V), gate, mask and squared_error (M,R,T). With ``versions`` (E,V)
+    the table (1 or M,N,V) stays as it is: a group's new row goes to its row of ``versions``, and only where a later
+    chunk reads it; ``error`` (M,R,T,V) receives all tokens' errors. Without, table (M,N,V) is stepped in place.
 
-    A chunk is two steps that wait for one another, :func:`read_token` for all of its tokens and :func:`step_positions`
-    for all of its groups; the programs of the one launch meet between them.
+    A chunk is two steps that wait for one another, :func:`read_token` for all of its tokens and :func:`step_rows` for
+    all of its groups; the programs of the one launch meet between them.
     """
     n_memories, n_rows, n_tokens, n_read = slots.shape
     value_dim = table.shape[-1]
     block_v = triton.next_power_of_2(value_dim)
-    block_g, block_e, step_v = update_tile_sizes(value_dim)
-    error = v.new_empty(n_memories * n_rows * min(chunk_size, n_tokens), value_dim)
+    block_g, block_e, step_v = step_tile_sizes(value_dim)
     n_chunks = triton.cdiv(n_tokens, chunk_size)
+    if error is None:
+        error = v.new_empty(n_memories * n_rows * min(chunk_size, n_tokens), value_dim)
     arrived, timed = meetings(v, "value_chain", n_chunks, ("read", "step"))
     launch(
         value_chain_kernel,
         (n_programs(v, PROGRAMS),),
-        *(table, slots, weights, v, pair_weight, scale, *groups, read, squared_error),
-        *(table if overwritten is None else overwritten, error, arrived, table.shape[1]),
+        *(table, table if versions is None else versions, slots, weights, v),
+        *(v if gate is None else gate, v if mask is None else mask),
+        *(accesses.order, accesses.group, accesses.count, accesses.before, accesses.after, accesses.move),
+        *(read, squared_error, error, arrived, table_step(table)),
         *(n_memories, n_rows, n_tokens, chunk_size, n_chunks, lookahead),
         N_READ=n_read,
         VALUE=value_dim,
-        KEEP=overwritten is not None,
+        VERSIONS=versions is not None,
+        GATED=gate is not None,
+        MASKED=mask is not None,
         BLOCK_J=rows_at_once(n_read, block_v),
         READ_V=block_v,
         BLOCK_G=block_g,

@@ -7,56 +7,61 @@ import triton.language as tl
 from torch import Tensor
 
 from mixers.kernels.barrier import begin, meet, meetings, n_programs
-from mixers.kernels.groups import Groups
 from mixers.kernels.launch import launch
 from mixers.kernels.read import rows_at_once
 from mixers.kernels.read_backward import token_backward
-from mixers.kernels.update import step_positions, update_tile_sizes
+from mixers.kernels.row_steps import step_rows_backward, step_tile_sizes, table_step
 from mixers.kernels.value_chain import PROGRAMS, REGISTERS
+from mixers.kernels.versions import Accesses
 
 
 @triton.jit(
     do_not_specialize=[
-        "n_table", "n_memories", "n_rows", "n_tokens", "chunk_size", "n_chunks", "lookahead", "last_step",
+        "n_table", "table_step", "n_memories", "n_rows", "n_tokens", "chunk_size", "n_chunks", "lookahead",
     ]
 )  # fmt: skip
 def value_chain_backward_kernel(
-    later,  # in and out (M*N,V)
-    before,  # (E,V)
+    later,  # in and out (E,V)
+    d_table,  # in and out (M*N,V), GIVEN or FIRST only
+    table,  # (1 or M,N,V)
+    versions,  # (E,V)
     slots,  # (M,R,T,J) int64
-    group_of,  # (E,) int64
-    factors,  # (E,)
     weights,  # (M,R,T,J)
     pairs,  # (M,R,T,J) int32
     order,
-    row,
-    first_of,
-    count_of,  # (E,) each
+    group,
+    count,
+    before,
+    after,
+    factors,  # (E,) each
     read,  # (M,R,T,V)
     v,  # (M,R,T,V)
-    pair_weight,  # (M,R,T)
+    gate,  # (M,R,T), GATED only
+    mask,  # (M,R,T), MASKED only
     d_out,  # (M,R,T,V)
     d_weights,  # (M,R,T,J), ADD_WEIGHTS only
     temperature,
     d_v,  # out (M,R,T,V)
-    d_pair_weight,  # out (M,R,T)
+    d_gate,  # out (M,R,T), GATED only
     d_half,  # out (M,R,T,H,2,k)
-    touched,  # (M*N,) int8, TOUCH only
     d_read,  # scratch (M,S,V)
     arrived,  # of :func:`meetings`
     n_table,
+    table_step,
     n_memories,
     n_rows,
     n_tokens,
     chunk_size,
     n_chunks,
     lookahead,
-    last_step,
     HEADS: tl.constexpr,
     TOP_K: tl.constexpr,
     VALUE: tl.constexpr,
+    GATED: tl.constexpr,
+    MASKED: tl.constexpr,
     ADD_WEIGHTS: tl.constexpr,
-    TOUCH: tl.constexpr,
+    GIVEN: tl.constexpr,
+    FIRST: tl.constexpr,
     BLOCK_J: tl.constexpr,
     READ_V: tl.constexpr,
     ALL_J: tl.constexpr,
@@ -76,78 +81,87 @@ def value_chain_backward_kernel(
         n_queries = n_rows * n_chunk
         for query in range(program, n_memories * n_queries, n_together):
             token_backward(
-                query % n_queries, query // n_queries, later, before, slots, group_of, factors, weights, pairs, read, v,
-                pair_weight, d_out, d_weights, temperature, d_read, d_v, d_pair_weight, d_half,
-                touched, n_table, n_rows, n_chunk, n_tokens, start, lookahead,
-                HEADS, TOP_K, VALUE, ADD_WEIGHTS, TOUCH, BLOCK_J, READ_V, ALL_J,
+                query % n_queries, query // n_queries, later, d_table, table, table_step, versions, before, after,
+                slots, factors, weights, pairs, read, v, gate, mask, d_out, d_weights, temperature, d_read, d_v, d_gate,
+                d_half, n_table, n_rows, n_chunk, n_tokens, start, lookahead,
+                HEADS, TOP_K, VALUE, GATED, MASKED, ADD_WEIGHTS, GIVEN, BLOCK_J, READ_V, ALL_J,
             )  # fmt: skip
         n_meetings += 1
         meet(arrived, n_meetings, TIMED)
 
-        if chunk >= last_step:
-            first = start.to(tl.int64) * n_memories * n_rows * (HEADS * TOP_K)
-            n_positions = n_memories * n_queries * (HEADS * TOP_K)
-            for tile in range(program, tl.cdiv(n_positions, BLOCK_G), n_together):
-                step_positions(
-                    first + tile * BLOCK_G + tl.arange(0, BLOCK_G), first + n_positions, later, d_read, weights,
-                    factors, order, row, first_of, count_of, later, touched, n_chunk, n_tokens, start, n_table,
-                    HEADS * TOP_K, VALUE, False, False, TOUCH, BLOCK_G, BLOCK_E, STEP_V,
+        # No chunk reads a row before the first.
+        n_steps = n_chunks if FIRST else n_chunks - 1
+        if n_done < n_steps:
+            n_accesses = n_memories * n_queries * (HEADS * TOP_K)
+            for tile in range(program, tl.cdiv(n_accesses, BLOCK_G), n_together):
+                step_rows_backward(
+                    tile, later, d_table, before, after, slots, d_read, weights, order, count, group,
+                    n_accesses, n_table, n_rows, n_chunk, n_tokens, start,
+                    HEADS * TOP_K, VALUE, GIVEN, FIRST, BLOCK_G, BLOCK_E, STEP_V,
                 )  # fmt: skip
-        n_meetings += 1
-        meet(arrived, n_meetings, TIMED)
+            n_meetings += 1
+            meet(arrived, n_meetings, TIMED)
 
 
 def value_chain_backward(
     later: Tensor,
-    touched: Tensor | None,
-    before: Tensor,
+    d_table: Tensor | None,
+    table: Tensor,
+    versions: Tensor,
     slots: Tensor,
-    group_of: Tensor,
-    factors: Tensor,
     weights: Tensor,
     pairs: Tensor,
-    groups: Groups,
+    accesses: Accesses,
     read: Tensor,
     v: Tensor,
-    pair_weight: Tensor,
+    gate: Tensor | None,
+    mask: Tensor | None,
     d_out: Tensor,
     d_weights: Tensor | None,
     temperature: float,
     d_v: Tensor,
-    d_pair_weight: Tensor,
+    d_gate: Tensor | None,
     d_half: Tensor,
     chunk_size: int,
     lookahead: int,
     *,
-    needs_values: bool,
+    given: bool,
+    needs_table: bool,
 ) -> None:
-    """Derivatives of all tokens' reads and errors, ``later`` (M,N,V) carried back from chunk to chunk in place.
+    """Derivatives of all tokens' reads and errors, those of the rows carried back from chunk to chunk.
 
-    ``later`` starts as the derivative of the last table and ends as that of the first, if ``needs_values``. With
-    ``touched`` (M,N) int8, 0, it starts as 0 whatever it holds: rows that no later chunk reads are neither set to 0 nor
-    read. before (E,V): the rows that each chunk overwrote. See :func:`token_backward` for the others; the table's step
-    is the transpose of the read, :func:`step_positions`. The programs of the one launch meet between the two.
+    ``later`` (E,V) takes the derivatives of ``versions`` (E,V) and may be the same memory: each is read for the last
+    time in the chunk whose step writes its derivative. ``d_table`` (M,N,V): if ``given``, at first the derivative of
+    the last table; if ``needs_table``, at the end that of the first, and at first that of the last or 0.
+
+    See :func:`token_backward` for the others; the table's step is the transpose of the read,
+    :func:`step_rows_backward`. The programs of the one launch meet between the two.
     """
     n_memories, n_rows, n_tokens, n_read = slots.shape
     n_heads, top_k, value_dim = d_half.shape[3], d_half.shape[5], v.shape[-1]
     block_v = triton.next_power_of_2(value_dim)
-    block_g, block_e, step_v = update_tile_sizes(value_dim)
+    block_g, block_e, step_v = step_tile_sizes(value_dim)
     d_read = v.new_empty(n_memories * n_rows * min(chunk_size, n_tokens), value_dim)
     n_chunks = triton.cdiv(n_tokens, chunk_size)
     arrived, timed = meetings(v, "value_chain_backward", n_chunks, ("token", "step"))
     launch(
         value_chain_backward_kernel,
         (n_programs(v, PROGRAMS),),
-        *(later, before, slots, group_of, factors, weights, pairs, *groups, read, v, pair_weight, d_out),
-        *(weights if d_weights is None else d_weights, float(temperature), d_v, d_pair_weight, d_half),
-        *(weights if touched is None else touched, d_read),
-        *(arrived, later.shape[1], n_memories, n_rows, n_tokens, chunk_size),
-        *(n_chunks, lookahead, 0 if needs_values else 1),
+        *(later, later if d_table is None else d_table, table, versions, slots, weights, pairs),
+        *(accesses.order, accesses.group, accesses.count, accesses.before, accesses.after, accesses.factor),
+        *(read, v, v if gate is None else gate, v if mask is None else mask, d_out),
+        *(weights if d_weights is None else d_weights, float(temperature)),
+        *(d_v, d_v if d_gate is None else d_gate, d_half, d_read),
+        *(arrived, table.shape[1], table_step(table), n_memories, n_rows, n_tokens, chunk_size),
+        *(n_chunks, lookahead),
         HEADS=n_heads,
         TOP_K=top_k,
         VALUE=value_dim,
+        GATED=gate is not None,
+        MASKED=mask is not None,
         ADD_WEIGHTS=d_weights is not None,
-        TOUCH=touched is not None,
+        GIVEN=given,
+        FIRST=needs_table,
         BLOCK_J=rows_at_once(n_read, block_v),
         READ_V=block_v,
         ALL_J=triton.next_power_of_2(n_read),

@@ -6,19 +6,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mixers.kernels.chunk import Chunk
-from mixers.kernels.groups import group_accesses
-from mixers.kernels.read import read_rows
 from mixers.kernels.row_dots import row_dots
-from mixers.kernels.update import add_rows
+from mixers.kernels.row_gradients import row_gradients
+from mixers.kernels.row_sums import row_sums
 
 
 @torch.compiler.disable
 def weighted_rows(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     """sum_j weights_j * values[slot_j]: values (M,N,V), slots int64 and weights (M,S,J) -> (M,S,V).
 
-    As :func:`mixers.product_keys.read`. No (M,S,J,V) tensor is formed; the derivative of a value row is summed by one
-    program over the row's accesses in the order of the tokens (one stable sort), so equal inputs give equal bits.
+    As :func:`mixers.product_keys.read`. No (M,S,J,V) tensor is formed; the derivative of a value row is summed over
+    the row's accesses in the order of the tokens (one stable sort), so equal inputs give equal bits.
     """
     return _WeightedRows.apply(values, slots, weights)
 
@@ -29,7 +27,7 @@ class _WeightedRows(torch.autograd.Function):
         values, slots, weights = values.contiguous(), slots.contiguous(), weights.contiguous()
         out = values.new_empty(*slots.shape[:2], values.shape[-1])
         if out.numel():
-            read_rows(values, slots, weights, out, _whole(slots))
+            row_sums(values, slots, weights, out)
         ctx.save_for_backward(values, slots, weights)
         return out
 
@@ -37,17 +35,12 @@ class _WeightedRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out):
         values, slots, weights = ctx.saved_tensors
-        d_out = d_out.contiguous()
-        d_values = d_weights = None
-        if ctx.needs_input_grad[0]:
-            d_values = torch.zeros_like(values)
-            if slots.numel():
-                groups = group_accesses(slots.unsqueeze(1), values.shape[1], slots.shape[1])
-                add_rows(d_values, d_out, weights, groups, _whole(slots))
-        if ctx.needs_input_grad[2]:
-            d_weights = torch.empty_like(weights)
-            if slots.numel():
-                row_dots(values, slots, d_out, d_weights, _whole(slots))
+        needs_values, _, needs_weights = ctx.needs_input_grad
+        if not slots.numel():
+            return torch.zeros_like(values), None, torch.zeros_like(weights)
+        d_values, d_weights = row_gradients(
+            values, slots, weights, d_out.contiguous(), sums=needs_values, dots=needs_weights
+        )
         return d_values, None, d_weights
 
 
@@ -66,7 +59,7 @@ class _DottedRows(torch.autograd.Function):
         values, slots, tokens = values.contiguous(), slots.contiguous(), tokens.contiguous()
         dots = tokens.new_empty(slots.shape)
         if slots.numel():
-            row_dots(values, slots, tokens, dots, _whole(slots))
+            row_dots(values, slots, tokens, dots)
         ctx.save_for_backward(values, slots, tokens)
         return dots
 
@@ -74,21 +67,14 @@ class _DottedRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_dots):
         values, slots, tokens = ctx.saved_tensors
+        needs_values, _, needs_tokens = ctx.needs_input_grad
+        if not slots.numel():
+            return torch.zeros_like(values), None, torch.zeros_like(tokens)
         d_dots = d_dots.contiguous()
         d_values = d_tokens = None
-        if ctx.needs_input_grad[0]:
-            d_values = torch.zeros_like(values)
-            if slots.numel():
-                groups = group_accesses(slots.unsqueeze(1), values.shape[1], slots.shape[1])
-                add_rows(d_values, tokens, d_dots, groups, _whole(slots))
-        if ctx.needs_input_grad[2]:
+        if needs_values:
+            d_values, _ = row_gradients(values, slots, d_dots, tokens, sums=True, dots=False)
+        if needs_tokens:
             d_tokens = torch.empty_like(tokens)
-            if slots.numel():
-                read_rows(values, slots, d_dots, d_tokens, _whole(slots))
+            row_sums(values, slots, d_dots, d_tokens)
         return d_values, None, d_tokens
-
-
-def _whole(slots: Tensor) -> Chunk:
-    """All S tokens of each memory as one chunk of one sequence."""
-    n_memories, n_queries, _ = slots.shape
-    return Chunk(n_memories, 1, n_queries, 0, n_queries)

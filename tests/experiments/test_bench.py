@@ -22,6 +22,7 @@ from experiments.bench.goals import goals
 from experiments.bench.isolated import Arm, FirstCalls, alone
 from experiments.bench_cli import bench
 from experiments.errors import UserError
+from mixers import table_rows
 from mixers.fwpkm import fast_weight_pkm
 
 TINY = [
@@ -82,7 +83,8 @@ def test_dense_baseline_equals_the_reference(scope: str, n_tokens: int, lookahea
 
 
 def test_every_scene_runs_end_to_end() -> None:
-    found = run("--scene", "prefill", "--scene", "train", "--scene", "scopes", "--scene", "decode", "--no-memory")
+    scenes = ("prefill", "train", "scopes", "decode", "static")
+    found = run(*(word for scene in scenes for word in ("--scene", scene)), "--no-memory")
     rows = found["rows"]
     measured = {(row["scene"], row["impl"]) for row in rows if row["status"] == "measured"}
     for scene in ("prefill", "train"):
@@ -92,6 +94,7 @@ def test_every_scene_runs_end_to_end() -> None:
         "sequence",
     }
     assert {("decode", "sparse"), ("decode_write", "sparse"), ("decode", "reference")} <= measured
+    assert {("static", "sparse"), ("static", "reference")} <= measured
     for row in rows:
         if row["status"] == "measured":
             assert row["seconds_min"] <= row["seconds"] <= row["seconds_max"]
@@ -104,6 +107,17 @@ def test_every_scene_runs_end_to_end() -> None:
     assert found["machine"]["versions"]["torch"]
     # At other sizes than the goals' nothing is claimed.
     assert all(goal["met"] is None for goal in found["goals"])
+
+
+def test_a_static_read_that_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert equality.why_static_wrong("sparse", "cpu", 0) is None
+    right = table_rows.sum_rows
+
+    def one_row_late(table: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, impl: str) -> torch.Tensor:
+        return right(table.roll(int(impl == "sparse"), 0), slots, weights, impl)
+
+    monkeypatch.setattr(table_rows, "sum_rows", one_row_late)
+    assert "differs from the float64 reference" in equality.why_static_wrong("sparse", "cpu", 0)
 
 
 def test_the_model_with_and_without_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,6 +136,9 @@ def test_the_bound_is_that_of_the_paper_setting() -> None:
     case = Case("prefill", "sparse", "shared", 512, 1, 1, 512, 512, 512, 8, "cpu", 0)
     assert case.bound_bytes() == 38 * 1024
     assert Case(**(case.as_dict() | {"scene": "train", "backward": True})).bound_bytes() == 130 * 1024
+    # A static read of few tokens: their rows each way, a dense gradient, the tokens' rows.
+    static = Case("static", "sparse", "-", 512, 1, 3, 512, 512, 512, 32, "cpu", 0, True)
+    assert static.bound_bytes() == 2048 * (2 * 96 + 512**2 + 2 * 3)
 
 
 def test_memory_is_measured_in_a_fresh_process() -> None:

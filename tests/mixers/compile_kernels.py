@@ -13,11 +13,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mixers.kernels.chunk import Chunk
-from mixers.kernels.groups import Groups
-
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
+    torch.bool: "*i1",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.float64: "*fp64",
@@ -81,11 +79,13 @@ def launch_all(heads: int, top_k: int, n: int, key_dim: int, value_dim: int, sco
         address,
         key_chain,
         key_chain_backward,
-        read,
         row_dots,
-        update,
+        row_gradients,
+        row_steps,
+        row_sums,
         value_chain,
         value_chain_backward,
+        versions,
     )
 
     def real(*shape: int) -> torch.Tensor:
@@ -101,27 +101,30 @@ def launch_all(heads: int, top_k: int, n: int, key_dim: int, value_dim: int, sco
     listed, joint = real(*tokens, heads, 2, top_k), real(*tokens, reads)
     indices, pairs = whole(*listed.shape, dtype=torch.int32), whole(*joint.shape, dtype=torch.int32)
     slots, each = whole(*joint.shape), real(*tokens)
-    mean, totals, accesses = real(8, 1, 2, n), real(8, 1, heads, 2, n), whole(n_accesses)
-    groups, kept = Groups(accesses, accesses, accesses, accesses), real(n_accesses, value_dim)
+    mean, totals, kept = real(8, 1, 2, n), real(8, 1, heads, 2, n), real(n_accesses, value_dim)
     key_chain.key_chain(q, keys, indices, listed, listed, mean, totals, 512, score, 1.0, address_weight)
     key_chain_backward.key_chain_backward(
-        q, keys, keys[0], indices, listed, listed, listed, mean, totals, q, 512, score, 1.0, address_weight, needs_keys=True
+        q, keys, keys[0], indices, listed, listed, listed, mean, totals, q, 512, score, 1.0, address_weight,
+        needs_keys=True,
     )  # fmt: skip
     address.combine(indices, listed, pairs, slots, joint, n, score, 1.0)
     # With the smallest sizes the variants for a prefill and for tables that go on.
     is_small = n < 64
+    mask = whole(*each.shape, dtype=torch.bool) if is_small else None
+    accesses = versions.find_versions(slots, joint, real(8, 1), n * n, 512)
     value_chain.value_chain(
-        table, slots, joint, row, each, real(8, 1), groups, row, each, None if is_small else kept, 512, 1
+        table, None if is_small else kept, slots, joint, row, each, mask, accesses, row, each,
+        None if is_small else row, 512, 1,
     )  # fmt: skip
     value_chain_backward.value_chain_backward(
-        table, None if is_small else whole(n * n, dtype=torch.int8), kept, slots, accesses, real(n_accesses), joint,
-        pairs, groups, row, row, each, row, joint if is_small else None, 1.0, row, each, listed, 512, 1,
-        needs_values=is_small,
+        kept, table if is_small else None, table, kept, slots, joint, pairs, accesses, row, row, each, mask, row,
+        joint if is_small else None, 1.0, row, each, listed, 512, 1, given=is_small, needs_table=is_small,
     )  # fmt: skip
-    chunk = Chunk(1, 8, 4096, 0, 4096)
-    read.read_rows(table, slots, joint, row, chunk)
-    row_dots.row_dots(table, slots, row, joint, chunk)
-    update.add_rows(table, row, joint, groups, chunk)
+    row_steps.last_rows(table, slots, kept, row, accesses, table)
+    slots, joint, row = (part.flatten(1, 2) for part in (slots, joint, row))
+    row_sums.row_sums(table, slots, joint, row)
+    row_dots.row_dots(table, slots, row, joint)
+    row_gradients.row_gradients(table, slots, joint, row, sums=True, dots=True)
 
 
 def main() -> None:
@@ -129,11 +132,13 @@ def main() -> None:
         "address",
         "key_chain",
         "key_chain_backward",
-        "read",
         "row_dots",
-        "update",
+        "row_gradients",
+        "row_steps",
+        "row_sums",
         "value_chain",
         "value_chain_backward",
+        "versions",
     ):
         place = importlib.import_module(f"mixers.kernels.{module}")
         for name, value in list(vars(place).items()):

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mixers.fwpkm import fast_weight_pkm
-from mixers.fwpkm.reference import ChunkOptions
 
 INPUTS = ("q", "v", "gate", "keys", "values")
 OUTPUTS = ("read", "keys", "values", "weights")
@@ -144,28 +143,7 @@ def draw_inputs(c: Configuration) -> dict[str, Tensor]:
 def call(impl: str, x: dict[str, Tensor], mask: Tensor | None, c: Configuration, **changes: Any) -> Any:
     """One call of an implementation."""
     options = {"chunk_size": c.C, "top_k": c.k} | c.options | changes
-    if impl != "triton":
-        return fast_weight_pkm(**({"gate": None} | x), mask=mask, scope=c.scope, impl=impl, **options)
-    from mixers.fwpkm.triton_chunks import write_chunks
-
-    usual = {"weight_decay": 0.0, "value_loss_to_keys": False, "clip": False}
-    by_sequence = c.scope == "sequence"
-    lead = (x["q"].shape[0], 1) if by_sequence else (1, x["q"].shape[0])
-    q, v, gate, mask = (
-        None if t is None else t.reshape(*lead, *t.shape[1:]) for t in (x["q"], x["v"], x.get("gate"), mask)
-    )
-    keys, values = x["keys"], x["values"]
-    if keys.ndim == 4:
-        keys, values = keys.expand(lead[0], *keys.shape), values.expand(lead[0], *values.shape)
-    out = write_chunks(q, v, gate, keys, values, mask, ChunkOptions(**(usual | options)))
-    per_head = (*x["q"].shape[:3], c.k)
-    return out._replace(
-        read=out.read.flatten(0, 1),
-        keys=out.keys if by_sequence else out.keys[0],
-        values=out.values if by_sequence else out.values[0],
-        slots=out.slots.reshape(per_head),
-        weights=out.weights.reshape(per_head),
-    )
+    return fast_weight_pkm(**({"gate": None} | x), mask=mask, scope=c.scope, impl=impl, **options)
 
 
 def run(impl: str, c: Configuration, dtype: torch.dtype, cuts: tuple[int, ...] = ()) -> dict[str, Tensor]:

@@ -32,10 +32,10 @@ def chosen(n: int, value_dim: int, scope: str = "shared", **changes) -> str:
 
 
 def test_auto_on_cuda_copies_no_large_table_for_every_sequence() -> None:
-    assert chosen(513, 512, "sequence") == "sparse"
+    assert chosen(1025, 512, "sequence") == "sparse"
     assert chosen(129, 512, "sequence", clip=True) == "sparse"
     # No sparse form either.
-    assert chosen(513, 512, "sequence", weight_decay=0.1) == "reference"
+    assert chosen(1025, 512, "sequence", weight_decay=0.1) == "reference"
 
 
 @pytest.mark.skipif(not TRITON_MISSING, reason="triton is installed")
@@ -47,7 +47,7 @@ def test_without_triton_auto_on_cuda_is_sparse() -> None:
 
 @pytest.mark.skipif(bool(TRITON_MISSING), reason="needs triton")
 def test_auto_on_cuda_is_triton_where_it_has_kernels() -> None:
-    assert chosen(512, 512) == chosen(512, 512, "sequence") == "triton"
+    assert chosen(512, 512) == chosen(1024, 512, "sequence") == "triton"
     assert chosen(32, 64, clip=True) == "reference"
 
 

@@ -5,11 +5,13 @@ Equality with the reference: ``test_fwpkm_random.py``.
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 import torch
 
 from mixers.errors import UserError
-from mixers.fwpkm import fast_weight_pkm, sparse, sparse_keys, sparse_rows, touched_rows
+from mixers.fwpkm import fast_weight_pkm, kept_memory, sparse, sparse_keys, sparse_rows, touched_rows
 from tests.mixers.test_fwpkm import draw
 
 
@@ -41,6 +43,32 @@ def test_codes_sorted_with_their_positions(n_codes: int) -> None:
         assert torch.equal(got, want)
 
 
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="memory is kept on Linux only")
+def test_kept_memory_is_used_again_only_when_no_tensor_shares_it() -> None:
+    like, shape = torch.empty(0, dtype=torch.float64), (kept_memory.LARGE_BYTES // 8 // 512, 512)
+    first = kept_memory.room_for(shape, like)
+    assert (first.shape, first.dtype, first.is_contiguous(), first._base) == (shape, like.dtype, True, None)
+    part = first[3:].fill_(1)
+    at = first.data_ptr()
+    del first
+    second = kept_memory.room_for(shape, like).fill_(2)
+    assert part.eq(1).all()
+    assert second.data_ptr() != at
+    del part
+    fewer = kept_memory.room_for((shape[0] - 1, 512), like)  # too small for it
+    assert fewer.data_ptr() != at
+    assert kept_memory.room_for(shape, like).data_ptr() == at
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="memory is kept on Linux only")
+def test_no_more_memory_is_kept_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_memory, "KEPT_BYTES", 2 * kept_memory.LARGE_BYTES)
+    like = torch.empty(0, dtype=torch.uint8)
+    rooms = [kept_memory.room_for((kept_memory.LARGE_BYTES + i,), like) for i in range(3)]
+    del rooms
+    assert sum(map(len, kept_memory._kept)) <= 2 * kept_memory.LARGE_BYTES
+
+
 @pytest.mark.parametrize(("scope", "learned"), [("sequence", False), ("shared", False), ("shared", True)])
 def test_sizes_that_take_the_ways_of_large_calls(scope: str, learned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in ``test_fwpkm_random.py``, but large enough for huge pages, for numbers that hold code and position, for
@@ -55,7 +83,7 @@ def test_sizes_that_take_the_ways_of_large_calls(scope: str, learned: bool, monk
         grads = torch.autograd.grad(out.read.square().sum(), [x[name] for name in names])
         found.append((out.read, out.keys, out.values, *grads))
     n_tokens, n_read, n_rows = 2 * 200, 2 * 8, out.values.ne(x["values"]).any(-1).sum()
-    assert n_tokens * n_read * 176 * 8 >= touched_rows.LARGE_BYTES
+    assert n_tokens * n_read * 176 * 8 >= kept_memory.LARGE_BYTES
     assert n_rows * 176 > sparse.FEW_DERIVATIVES
     assert 2 * 48 * n_read * 2 >= sparse_rows.FEW_CODES
     for got, want in zip(*reversed(found), strict=True):

@@ -16,9 +16,14 @@ from mixers.errors import UserError
 REPOSITORY = Path(__file__).parents[2]
 INTERPRETED = """
 import torch
+from mixers.kernels import row_gradients, row_sums
 from tests.mixers.test_table_rows import SIZES, require_equal
+# Rows cut into slices, and lists of accesses into pieces, at these sizes.
+row_gradients.LONG = row_sums.NARROWEST = 4
 for sizes in SIZES:
     require_equal("triton", *sizes)
+row_gradients.LONG = 256
+require_equal("triton", *SIZES[0])
 print("equal")
 """
 # (N,V,S,J)
