@@ -22,9 +22,9 @@ reads: forward about 4 ((1 + 2 p) J V + 5 V + 3 H K) bytes per token, backward a
 the backward: J V + V + 2 H K elements per token and the keys of each chunk. The backward writes the derivatives of the
 versions over the versions, unless the graph is kept or the table may still be asked for.
 
-Differences from the reference: slots of equal score are taken lowest index first; sub-keys are ranked by tf32x3
-products before the chosen are scored exactly, so two sub-keys whose distances differ by less than about 1e-6 |q| |key|
-may swap; ``value_loss`` and ``address_loss`` carry no gradient.
+Differences from the reference: slots of equal score are taken lowest index first; sub-keys are ranked by products of
+rows in two float16 parts (:mod:`mixers.kernels.parts`), so two sub-keys whose distances differ by less than about 1e-6
+|q| |key| may swap; ``value_loss`` and ``address_loss`` carry no gradient.
 """
 
 from __future__ import annotations
@@ -226,7 +226,19 @@ def _forward(
     if not keep:
         return out, None
     kept = _Kept(
-        all_keys, indices, measures, probabilities, pairs, slots, weights, read, mean, totals, table, versions, *accesses
+        all_keys,
+        indices,
+        measures,
+        probabilities,
+        pairs,
+        slots,
+        weights,
+        read,
+        mean,
+        totals,
+        table,
+        versions,
+        *accesses,
     )
     return out, kept
 

@@ -23,7 +23,7 @@ def direction_rows(
 
     Bytes per token: 2 H k K/2 elements of G (from the L2 cache), H K of q.
     """
-    row, q_row, exists, memory, half_head = half_queries(tile, n_rows, n_chunk, n_tokens, start, HEADS, ROWS)
+    _, q_row, exists, memory, half_head = half_queries(tile, n_rows, n_chunk, n_tokens, start, HEADS, ROWS)
     place = tl.arange(0, BLOCK_K)
     listed = exists[:, None] & (place < TOP_K)[None, :]
     entry = q_row[:, None] * TOP_K + place[None, :]
@@ -69,7 +69,7 @@ def gradient_rows(
     x goes to ``coefficients`` (M,R,T,H,2,k). Bytes per token: 2 H k K/2 key and G elements, each (from the L2 cache),
     2 H K of q and d_q.
     """
-    row, q_row, exists, memory, half_head = half_queries(tile, n_rows, n_chunk, n_tokens, start, HEADS, ROWS)
+    _, q_row, exists, memory, half_head = half_queries(tile, n_rows, n_chunk, n_tokens, start, HEADS, ROWS)
     place = tl.arange(0, BLOCK_K)
     listed = exists[:, None] & (place < TOP_K)[None, :]
     entry = q_row[:, None] * TOP_K + place[None, :]

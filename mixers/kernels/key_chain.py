@@ -143,7 +143,9 @@ def key_chain_kernel(
 
         if STEP:
             my_room = program * n_most_each * TOP_K
-            for tile in range(program, n_pull_tiles(n_memories, HEADS, SUBKEYS, HALF, SPLITS, PULL_U, PULL_D), n_together):
+            for tile in range(
+                program, n_pull_tiles(n_memories, HEADS, SUBKEYS, HALF, SPLITS, PULL_U, PULL_D), n_together
+            ):
                 pull_tile(
                     tile, room + my_room, index_room + my_room, parts, units, indices, measures, probabilities, used,
                     use_scale, probabilities, pulls, totals, lr, address_weight, n_queries * HEADS, n_memories,
@@ -271,4 +273,3 @@ def tile_constants(tiles: StepTiles) -> dict[str, int]:
         "MOVE_E": tiles.move_e,
         "MOVE_D": tiles.move_d,
     }
-

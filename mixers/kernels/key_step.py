@@ -248,8 +248,8 @@ def move_derivatives(
 class StepTiles(NamedTuple):
     """Tiles of :func:`pull_tile` and of :func:`move_subkeys`.
 
-    Parts of the queries; sub-keys, queries, queries whose coefficients are found together, elements, steps loaded ahead;
-    sub-keys and parts of the queries that are added up together, elements.
+    Parts of the queries; sub-keys, queries, queries whose coefficients are found together, elements, steps loaded
+    ahead; sub-keys and parts of the queries that are added up together, elements.
     """
 
     splits: int
@@ -268,8 +268,8 @@ class StepTiles(NamedTuple):
 
 
 def step_tiles(n_tables: int, n_subkeys: int, half_dim: int, top_k: int, n_queries: int, programs: int) -> StepTiles:
-    """As many tiles as programs, where the queries reach: wide ones, in which few look for the same coefficients, but
-    narrower ones for few queries, whose sums in parts would outweigh them."""
+    """As many tiles as programs, where the queries reach. Wider tiles find the coefficients less often, but leave fewer
+    registers and more parts of the sums."""
     pull_u, pull_l = (64, 32) if n_subkeys > 32 else (max(16, triton.next_power_of_2(n_subkeys)), 16)
     width = triton.next_power_of_2(part_width(half_dim))
     pull_d = min(width, 128)

@@ -127,8 +127,8 @@ def choose_best_of_parts(order, column, COUNT: tl.constexpr):
     """As :func:`choose_best`, of rows in parts (rows, parts, columns of a part): the largest and where they are.
 
     A part is as wide as the threads of one warp reach, and a thread holds its columns of all parts: no maximum waits
-    for another warp. ``column`` (parts, columns of a part): their numbers. Both results (rows, 32), a column a thread, of
-    which the first COUNT count.
+    for another warp. ``column`` (parts, columns of a part): their numbers. Both results (rows, 32), a column a thread,
+    of which the first COUNT count.
     """
     place = tl.arange(0, 32)
     found = tl.zeros((order.shape[0], 32), dtype=order.dtype)
