@@ -82,7 +82,7 @@ def test_find_versions() -> None:
 
 
 # More rows than accesses, and fewer: versions, and a copy of the table.
-@pytest.mark.parametrize(("n", "n_tokens"), [(4, 3), (3, 5)])
+@pytest.mark.parametrize(("n", "n_tokens"), [(4, 3), (2, 4)])
 def test_tables_without_gradients(n: int, n_tokens: int) -> None:
     x = draw(n, n_tokens)
     given = {name: tensor.clone() for name, tensor in x.items()}
@@ -95,7 +95,7 @@ def test_tables_without_gradients(n: int, n_tokens: int) -> None:
 
 
 def test_backwards_of_a_kept_graph_are_equal() -> None:
-    x = draw(3, 5)
+    x = draw(3, 4)
     inputs = trained(x)
     read = call(x).read
     cotangent = torch.randn_like(read)
@@ -110,7 +110,7 @@ def test_backwards_of_a_kept_graph_are_equal() -> None:
 
 def test_the_table_may_be_asked_for_at_any_time() -> None:
     """Before and after a backward, and with derivatives of its own."""
-    x = draw(3, 5)
+    x = draw(3, 4)
     inputs = trained(x)
     want = call(x, "reference")
     out = call(x)
@@ -141,10 +141,10 @@ def test_layer_without_a_state_after_it() -> None:
         torch.manual_seed(0)
         options = {"d_model": 4, "n_subkeys": 3, "top_k": 2, "chunk_size": 2, "impl": impl, "initial_memory": "learned"}
         layer = FastWeightPKM(FastWeightPKM.Config(**options)).to(DEVICE, DTYPE)
-        x = torch.randn(2, 6, 4, dtype=torch.float64).to(DEVICE, DTYPE).requires_grad_()
+        x = torch.randn(2, 4, 4, dtype=torch.float64).to(DEVICE, DTYPE).requires_grad_()
         waiting = layer(x[:, :1], return_state=True).state
         # Whole chunks; and with a queue before and a rest after them.
-        ends = [layer(x), layer(x[:, 1:5], waiting)]
+        ends = [layer(x), layer(x[:, 1:3], waiting)]
         losses = [out.aux[name] for out in ends for name in ("value_loss", "address_loss")]
         total = sum(out.y.square().sum() for out in ends)
         results.append((*(out.y for out in ends), *losses, *torch.autograd.grad(total, [x, layer.keys, layer.values])))
