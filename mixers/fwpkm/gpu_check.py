@@ -35,33 +35,31 @@ CASES = [
 
 
 # Predicted milliseconds of every step of the chains, all chunks together, at the timed sizes on an H100 (float32,
-# n=512, H=1, k=8, K=V=512, one shared memory): bytes over 3 TB/s of memory or 5.5 TB/s of L2 cache, 250 TFLOP/s for
-# tf32 products, and about 1.2 us for each meeting of the programs.
+# n=512, H=1, k=8, K=V=512, one shared memory): bytes over 3 TB/s of memory or 5.5 TB/s of L2 cache, 500 TFLOP/s for
+# float16 products, and about 1 us for each meeting of the programs.
 PREDICTED = {
     # 8 x 4096 tokens, C=512: 8 chunks of 4096 queries.
     "train_steps": {
-        "key_chain.rank": 0.20,  # 3 x 2.1 GFLOP a chunk
+        "key_chain.rank": 0.16,  # 3 x 2.1 GFLOP a chunk, 134 MB of parts from the L2 cache
         "key_chain.address": 0.10,  # 4 tiles of 8 half queries a program, 3 us each
-        "key_chain.list": 0.03,  # 4 MB of places a chunk
-        "key_chain.pull": 0.12,  # 67 MB a chunk from the L2 cache
+        "key_chain.pull": 0.20,  # 3 x 2.1 GFLOP a chunk, 67 MB of parts from the L2 cache
         "key_chain.step": 0.04,
         "value_chain.read": 0.25,  # 92 MB a chunk
-        "value_chain.step": 0.50,  # 190 MB a chunk
-        "value_chain_backward.token": 0.40,  # 150 MB a chunk
-        "value_chain_backward.step": 0.23,  # 85 MB a chunk
-        "key_chain_backward.direction": 0.09,  # 134 MB of a chunk from the L2 cache, each at most once a processor
-        "key_chain_backward.list": 0.03,
-        "key_chain_backward.gradient": 0.09,
-        "key_chain_backward.pull": 0.12,
+        "value_chain.step": 0.12,  # 11,000 of 17,000 rows, those that are read again: 46 MB a chunk
+        "value_chain_backward.token": 0.35,  # 131 MB a chunk
+        "value_chain_backward.step": 0.12,  # 46 MB a chunk
+        "key_chain_backward.direction": 0.10,  # 67 MB of a chunk from the L2 cache, each at most once a processor
+        "key_chain_backward.use": 0.04,  # 67 million comparisons a chunk
+        "key_chain_backward.gradient": 0.13,  # 134 MB of a chunk from the L2 cache
+        "key_chain_backward.pull": 0.16,
         "key_chain_backward.step": 0.04,
     },
     # 131072 tokens, C=512: 256 chunks of 512 queries, where waits outweigh bytes.
     "prefill_128k_steps": {
-        "key_chain.rank": 1.0,
-        "key_chain.address": 1.2,
-        "key_chain.list": 0.64,
+        "key_chain.rank": 1.15,
+        "key_chain.address": 1.0,
         "key_chain.pull": 1.3,
-        "key_chain.step": 1.0,
+        "key_chain.step": 0.9,
         "value_chain.read": 0.95,
         "value_chain.step": 1.3,
     },

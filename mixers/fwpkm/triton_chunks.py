@@ -22,9 +22,9 @@ reads: forward about 4 ((1 + 2 p) J V + 5 V + 3 H K) bytes per token, backward a
 the backward: J V + V + 2 H K elements per token and the keys of each chunk. The backward writes the derivatives of the
 versions over the versions, unless the graph is kept or the table may still be asked for.
 
-Differences from the reference: slots of equal score are taken lowest index first; sub-keys are ranked by tf32x3
-products before the chosen are scored exactly, so two sub-keys whose distances differ by less than about 1e-6 |q| |key|
-may swap; ``value_loss`` and ``address_loss`` carry no gradient.
+Differences from the reference: slots of equal score are taken lowest index first; sub-keys are ranked by products of
+rows in two float16 parts (:mod:`mixers.kernels.parts`), so two sub-keys whose distances differ by less than about 1e-6
+|q| |key| may swap; ``value_loss`` and ``address_loss`` carry no gradient.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ class _Kept(NamedTuple):
     """What the backward needs of a forward, besides its inputs. E = M*R*T*J accesses, n_chunks = ceil(T / C).
 
     keys (n_chunks,M,H,2,n,K/2): as each chunk used them. indices, measures, probabilities (M,R,T,H,2,k). pairs, slots,
-    weights (M,R,T,J). read (M,R,T,V). mean (n_chunks,M,2,n). table (1 or M,N,V), versions (E,V): the rows that were
-    read. order to move: :class:`Accesses`.
+    weights (M,R,T,J). read (M,R,T,V). mean (n_chunks,M,2,n), totals (n_chunks,M,H,2,n): of the keys' steps. table (1 or
+    M,N,V), versions (E,V): the rows that were read. order to move: :class:`Accesses`.
     """
 
     keys: Tensor
@@ -134,6 +134,7 @@ class _Kept(NamedTuple):
     weights: Tensor
     read: Tensor
     mean: Tensor
+    totals: Tensor
     table: Tensor
     versions: Tensor
     order: Tensor
@@ -187,7 +188,11 @@ def _forward(
 
     # Without a step nothing is used, and the loss is 0.
     mean = (q.new_empty if o.address_weight else q.new_zeros)(n_chunks, n_memories, 2, n_subkeys)
-    key_chain(q, all_keys, indices, measures, probabilities, mean, o.chunk_size, o.score, o.lr, o.address_weight)
+    totals = q.new_empty(n_kept_keys - 1, *keys.shape[:-1])
+    key_chain(
+        q, all_keys, indices, measures, probabilities, mean, totals, o.chunk_size, o.score, o.lr, o.address_weight,
+        goes_on=goes_on,
+    )  # fmt: skip
     combine(indices, measures, pairs, slots, weights, n_subkeys, o.score, o.temperature)
     accesses = find_versions(slots, weights, _scale(q, mask, o), n_slots, o.chunk_size)
     if keep or slots.numel() <= n_memories * n_slots:
@@ -222,7 +227,19 @@ def _forward(
     if not keep:
         return out, None
     kept = _Kept(
-        all_keys, indices, measures, probabilities, pairs, slots, weights, read, mean, table, versions, *accesses
+        all_keys,
+        indices,
+        measures,
+        probabilities,
+        pairs,
+        slots,
+        weights,
+        read,
+        mean,
+        totals,
+        table,
+        versions,
+        *accesses,
     )
     return out, kept
 
@@ -343,9 +360,10 @@ def _backward(
 
     # A'. Derivative of the keys after each chunk; the last chunk's step matters only to the keys that go on.
     d_q = torch.empty_like(q)
+    given = d_keys is not None
     d_keys = q.new_zeros(keys_shape) if d_keys is None else d_keys.clone(memory_format=torch.contiguous_format)
     key_chain_backward(
-        q, kept.keys, d_keys, kept.indices, kept.measures, kept.probabilities, d_half, kept.mean, d_q, o.chunk_size,
-        o.score, o.lr, o.address_weight, needs_keys=needs_keys,
+        q, kept.keys, d_keys, kept.indices, kept.measures, kept.probabilities, d_half, kept.mean, kept.totals, d_q,
+        o.chunk_size, o.score, o.lr, o.address_weight, needs_keys=needs_keys, given=given,
     )  # fmt: skip
     return d_q, d_v, d_gate, d_keys if needs_keys else None, d_table if needs_values else None

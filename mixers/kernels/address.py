@@ -1,4 +1,4 @@
-"""The k best sub-keys of each half, their exact scores, the k best sums, and the softmax over a token's slots."""
+"""The k best sub-keys of each half, their scores, the k best sums, and the softmax over a token's slots."""
 
 from __future__ import annotations
 
@@ -7,67 +7,123 @@ import triton.language as tl
 from torch import Tensor
 
 from mixers.kernels.launch import launch
-from mixers.kernels.select import choose_best, in_order
+from mixers.kernels.parts import write_parts
+from mixers.kernels.select import choose_best, choose_best_of_parts, from_order, in_order, without
 from mixers.product_keys import IDW_EPS
 
 
 @triton.jit
-def half_query(row, n_queries, n_rows, n_chunk, n_tokens, start, HEADS: tl.constexpr):
-    """Of rows (m*S + s)*2H + 2h + half of a chunk: their row among those of the call, memory, query, 2h + half."""
-    half_head = row % (2 * HEADS)
-    query = row // (2 * HEADS) % n_queries
-    memory = row // (2 * HEADS) // n_queries
-    sequence = memory.to(tl.int64) * n_rows + query // n_chunk
-    token = sequence * n_tokens + start + query % n_chunk
-    return token * (2 * HEADS) + half_head, memory, query, half_head
+def half_queries(tile, n_rows, n_chunk, n_tokens, start, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    """Of the ROWS half queries of one of the :func:`n_row_tiles` tiles of a chunk, all of one sequence.
+
+    Their rows (m*S + s)*2H + 2h + half in the chunk and among those of the call, whether they exist, their memory (one
+    for all) and 2h + half.
+    """
+    n_sequence = n_chunk * (2 * HEADS)
+    n_tiles = tl.cdiv(n_sequence, ROWS)
+    sequence = tile // n_tiles
+    at = tile % n_tiles * ROWS + tl.arange(0, ROWS)
+    q_row = (sequence.to(tl.int64) * n_tokens + start) * (2 * HEADS) + at
+    return sequence * n_sequence + at, q_row, at < n_sequence, sequence // n_rows, at % (2 * HEADS)
+
+
+@triton.jit
+def n_row_tiles(n_memories, n_rows, n_chunk, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    """Tiles of ROWS half queries of all sequences."""
+    return n_memories * n_rows * tl.cdiv(n_chunk * (2 * HEADS), ROWS)
+
+
+def row_tile_size(n_chunk_rows: int, n_sequences: int, most: int, programs: int) -> int:
+    """Half queries of a tile: at most ``most``, and enough tiles for all programs. ``n_chunk_rows`` of a sequence."""
+    each = triton.cdiv(n_chunk_rows * n_sequences, programs)
+    return max(1, min(most, triton.next_power_of_2(each), triton.next_power_of_2(n_chunk_rows)))
+
+
+@triton.jit
+def split_queries(
+    tile, q, parts, units, squares, n_most, n_rows, n_chunk, n_tokens, start,
+    HEADS: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    SQUARES: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Of a tile of half queries of a chunk: their parts, units and, with SQUARES, |q_half|^2, by row."""
+    row, q_row, exists, _, _ = half_queries(tile, n_rows, n_chunk, n_tokens, start, HEADS, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    half = tl.load(q + q_row[:, None] * HALF + d[None, :], exists[:, None] & (d < HALF)[None, :], 0.0)
+    write_parts(half, row, exists, parts, units, n_most, WIDTH, PARTS)
+    if SQUARES:
+        tl.store(squares + row, tl.sum(half * half, axis=1), exists)
 
 
 @triton.jit
 def address_rows(
-    row, q, keys, ranks, indices, measures, probabilities, places, n_rows_all, n_queries, n_most,
+    tile, q, keys, ranks, squares, indices, measures, probabilities, uses, use_scale,
     n_rows, n_chunk, n_tokens, start,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, TOP_K: tl.constexpr,
-    IDW: tl.constexpr, EPS: tl.constexpr, LIST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    IDW: tl.constexpr, EPS: tl.constexpr, STEP: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Of half queries ``row``: the k sub-keys of highest rank, their exact measures and the softmax of their scores.
+    """Of a tile of half queries: the k sub-keys of highest rank, their measures and the softmax of their scores.
 
     indices (M,R,T,H,2,k) int32, best first; equal ranks: the lowest index. measures: |q_half - key|^2 (``idw``) or
-    <q_half, key> (``dot``), from the elements themselves. With LIST, 1 + place in the list of k goes to ``places``
-    (M,H,2,n,n_most) int8, for :func:`mixers.kernels.use.list_uses`.
+    <q_half, key> (``dot``). The rank gives both: |q|^2 (``squares``) - rank, or the rank itself, where no sub-key of
+    the tile is nearer than half |q|^2: there the difference is a few ulp from its terms; else the elements do.
 
-    Bytes per token: 2 H n ranks, 2 H k K/2 key elements (both from the L2 cache) and H K of q.
+    With STEP, ``uses`` (M,2,n) int64 receives the sums of the shares in units of 1/``use_scale``, a power of two: sums
+    of integers, which are the same in whatever order they come.
+
+    Bytes per token: 2 H n ranks; with near sub-keys 2 H k K/2 key elements and H K of q (all from the L2 cache).
     """
-    exists = row < n_rows_all
-    q_row, memory, query, half_head = half_query(row, n_queries, n_rows, n_chunk, n_tokens, start, HEADS)
-    subkey = tl.arange(0, BLOCK_N)
-    place = tl.arange(0, BLOCK_K)
-    real = subkey < SUBKEYS
-    rank = tl.load(ranks + row.to(tl.int64)[:, None] * SUBKEYS + subkey[None, :], exists[:, None] & real[None, :], 0.0)
-    index = choose_best(in_order(rank), real, TOP_K, BLOCK_K)
+    row, q_row, exists, memory, half_head = half_queries(tile, n_rows, n_chunk, n_tokens, start, HEADS, ROWS)
+    WIDE: tl.constexpr = min(BLOCK_N, 128)
+    place = tl.arange(0, 32)
+    subkey = (tl.arange(0, BLOCK_N // WIDE) * WIDE)[:, None] + tl.arange(0, WIDE)[None, :]
+    real = exists[:, None, None] & (subkey < SUBKEYS)[None, :, :]
+    rank = tl.load(ranks + row.to(tl.int64)[:, None, None] * SUBKEYS + subkey[None, :, :], real, 0.0)
+    order = without(in_order(rank), tl.broadcast_to((subkey >= SUBKEYS)[None, :, :], rank.shape))
+    found, index = choose_best_of_parts(order, subkey, TOP_K)
+    # From here on the first k of 32 columns, one a thread, are used.
     listed = exists[:, None] & (place < TOP_K)[None, :]
     entry = q_row[:, None] * TOP_K + place[None, :]
     tl.store(indices + entry, index, listed)
-    key_row = (memory * (2 * HEADS) + half_head).to(tl.int64)[:, None] * SUBKEYS + index
-    if LIST:
-        tl.store(places + key_row * n_most + query[:, None], (place + 1).to(tl.int8)[None, :], listed)
 
-    measure = tl.zeros(index.shape, dtype=q.dtype.element_ty)
-    for first in range(0, HALF, BLOCK_D):
-        d = first + tl.arange(0, BLOCK_D)
-        q_tile = tl.load(q + q_row[:, None] * HALF + d[None, :], exists[:, None] & (d < HALF)[None, :], 0.0)
-        inside = listed[:, :, None] & (d < HALF)[None, None, :]
-        key_tile = tl.load(keys + key_row[:, :, None] * HALF + d[None, None, :], inside, 0.0)
-        if IDW:
-            difference = tl.where(inside, q_tile[:, None, :] - key_tile, 0.0)
-            measure += tl.sum(difference * difference, axis=2)
-        else:
-            measure += tl.sum(q_tile[:, None, :] * key_tile, axis=2)
+    measure = from_order(found)
+    if IDW:
+        square = tl.load(squares + row, exists, 0.0)[:, None]
+        measure = square - measure
+        # NaN counts as near.
+        if tl.max(tl.max((listed & ((measure >= 0.5 * square) == 0)).to(tl.int32), axis=1), axis=0) > 0:
+            first_key = (memory * (2 * HEADS) + half_head).to(tl.int64) * SUBKEYS
+            measure = exact_distances(q, keys, q_row, first_key, index, exists, measure, HALF, TOP_K, BLOCK_D)
     score = half_score(measure, IDW, EPS)
     score = tl.where((place < TOP_K)[None, :], score, float("-inf"))
     share = tl.exp(score - tl.max(score, axis=1)[:, None])
+    share = share * (1.0 / tl.sum(share, axis=1))[:, None]
     tl.store(measures + entry, measure, listed)
-    tl.store(probabilities + entry, share / tl.sum(share, axis=1)[:, None], listed)
+    tl.store(probabilities + entry, share, listed)
+    if STEP:
+        use = (memory * 2 * SUBKEYS + half_head % 2 * SUBKEYS)[:, None] + index
+        tl.atomic_add(uses + use, (share * use_scale).to(tl.int64), listed, sem="relaxed")
+
+
+@triton.jit
+def exact_distances(
+    q, keys, q_row, first_key, index, exists, distance,
+    HALF: tl.constexpr, TOP_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """``distance`` (rows, columns), the first k columns replaced by |q_half - key|^2 of sub-keys ``index``, from the
+    elements; four rows of keys are under way at a time."""
+    d = tl.arange(0, BLOCK_D)
+    place = tl.arange(0, index.shape[1])
+    inside = exists[:, None] & (d < HALF)[None, :]
+    q_tile = tl.load(q + q_row[:, None] * HALF + d[None, :], inside, 0.0)
+    for first in range(0, TOP_K, 4):
+        for next in tl.static_range(4):
+            here = (place == first + next)[None, :]
+            key_row = first_key + tl.sum(tl.where(here, index, 0), axis=1)
+            key_tile = tl.load(keys + key_row[:, None] * HALF + d[None, :], inside, 0.0)
+            square = tl.sum((q_tile - key_tile) * (q_tile - key_tile), axis=1)
+            distance = tl.where(here, square[:, None], distance)
+    return distance
 
 
 @triton.jit

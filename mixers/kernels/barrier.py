@@ -47,12 +47,15 @@ def _note_time(at):
 _timed: dict[str, tuple[Tensor, tuple[str, ...]]] | None = None
 
 
-def meetings(like: Tensor, kernel: str, n_chunks: int, steps: tuple[str, ...]) -> tuple[Tensor, bool]:
-    """The counter of a launch's meetings, one at the end of each of ``steps`` of each chunk; whether to time them."""
+def meetings(
+    like: Tensor, kernel: str, n_chunks: int, steps: tuple[str, ...], n_before: int = 0
+) -> tuple[Tensor, bool]:
+    """The counter of a launch's meetings, and whether to time them: ``n_before``, the last of which notes the time in
+    place of :func:`begin`, and one at the end of each of ``steps`` of each chunk."""
     if _timed is None:
         return torch.zeros(1, dtype=torch.int64, device=like.device), False
-    arrived = torch.zeros(2 + n_chunks * len(steps), dtype=torch.int64, device=like.device)
-    _timed[kernel] = arrived, steps
+    arrived = torch.zeros(2 + n_before + n_chunks * len(steps), dtype=torch.int64, device=like.device)
+    _timed[kernel] = arrived[n_before:], steps
     return arrived, True
 
 

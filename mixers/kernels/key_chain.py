@@ -7,16 +7,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixers.kernels.address import address_rows
-from mixers.kernels.barrier import begin, meet, meetings, n_programs, shared_bytes
-from mixers.kernels.key_step import ENTROPY_EPS, n_most_pieces, pull_pieces, step_subkeys, step_tiles, table_lane
+from mixers.kernels.address import address_rows, n_row_tiles, row_tile_size, split_queries
+from mixers.kernels.barrier import meet, meetings, n_programs, shared_bytes
+from mixers.kernels.key_step import (
+    ENTROPY_EPS,
+    StepTiles,
+    move_subkeys,
+    n_pull_tiles,
+    pull_tile,
+    split_keys,
+    step_tiles,
+)
 from mixers.kernels.launch import launch
+from mixers.kernels.parts import new_parts, part_type, part_width
 from mixers.kernels.select import n_rank_tiles, rank_tile, rank_tile_sizes
-from mixers.kernels.use import list_tile_sizes, list_uses
 from mixers.product_keys import IDW_EPS
 
 
-@triton.jit(do_not_specialize=["n_memories", "n_rows", "n_tokens", "chunk_size", "n_chunks", "n_most", "n_most_pieces"])
+@triton.jit(
+    do_not_specialize=["n_memories", "n_rows", "n_tokens", "chunk_size", "n_chunks", "n_most", "n_most_each", "n_steps"]
+)
 def key_chain_kernel(
     q,  # (M,R,T,H,K)
     keys,  # in and out (n_chunks + 1,M,H,2,n,K/2), or (1,M,H,2,n,K/2) if not KEEP
@@ -24,26 +34,36 @@ def key_chain_kernel(
     measures,  # out (M,R,T,H,2,k)
     probabilities,  # out (M,R,T,H,2,k)
     mean,  # out (n_chunks,M,2,n), STEP only
+    kept_totals,  # out (n_chunks,M,H,2,n), STEP and KEEP and IDW only
+    uses,  # scratch (n_chunks,M,2,n) int64, zero before, STEP only
     ranks,  # scratch (M,S,H,2,n)
-    places,  # scratch (M,H,2,n,n_most) int8, zero before and after; STEP only
-    listing,  # scratch (M,H,2,n,n_most) int32, STEP only
-    counts,  # scratch (M,H,2,n) int32, STEP only
-    pulls,  # scratch (M,H,2,n_most_pieces,K/2)
-    totals,  # scratch (M,H,2,n_most_pieces)
-    base_totals,  # scratch (M,H,2,n_most_pieces)
+    q_parts,  # scratch (2,PARTS,M*S*H*2,WIDTH), of this chunk and the next
+    q_units,  # scratch (2,M*S*H*2)
+    q_squares,  # scratch (2,M*S*H*2)
+    key_parts,  # scratch (PARTS,M*H*2*n,WIDTH)
+    key_units,  # scratch (M*H*2*n,)
+    key_squares,  # scratch (M*H*2*n,)
+    room,  # scratch (programs,k,n_most_each), STEP only
+    index_room,  # scratch (programs,k,n_most_each) int32, STEP only
+    pulls,  # scratch (SPLITS,M,H,2,n,K/2), STEP only
+    totals,  # scratch (SPLITS,M,H,2,n), STEP only
     arrived,  # of :func:`meetings`
     lr,
     address_weight,
+    use_scale,
     n_memories,
     n_rows,
     n_tokens,
     chunk_size,
     n_chunks,
     n_most,
-    n_most_pieces,
+    n_most_each,
+    n_steps,
     HEADS: tl.constexpr,
     SUBKEYS: tl.constexpr,
     HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
     TOP_K: tl.constexpr,
     IDW: tl.constexpr,
     STEP: tl.constexpr,
@@ -55,51 +75,85 @@ def key_chain_kernel(
     RANK_D: tl.constexpr,
     RANK_STAGES: tl.constexpr,
     ROWS: tl.constexpr,
-    ROW_D: tl.constexpr,
-    LIST_U: tl.constexpr,
-    LIST_Q: tl.constexpr,
+    SPLIT_ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
     PULL_U: tl.constexpr,
     PULL_L: tl.constexpr,
-    STEP_U: tl.constexpr,
-    STEP_E: tl.constexpr,
-    STEP_D: tl.constexpr,
+    PULL_C: tl.constexpr,
+    PULL_D: tl.constexpr,
+    PULL_STAGES: tl.constexpr,
+    MOVE_U: tl.constexpr,
+    MOVE_E: tl.constexpr,
+    MOVE_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TIMED: tl.constexpr,
 ):
     program = tl.program_id(0)
     n_together = tl.num_programs(0)
-    n_meetings = 0
-    begin(arrived, TIMED)
+    n_key_rows = n_memories * (2 * HEADS * SUBKEYS)
+    n_half_most = n_memories * n_most * (2 * HEADS)
     now = keys
+    for tile in range(program, tl.cdiv(n_key_rows, MOVE_U), n_together):
+        row = tile * MOVE_U + tl.arange(0, MOVE_U)
+        d = tl.arange(0, MOVE_D)
+        inside = (row < n_key_rows)[:, None] & (d < HALF)[None, :]
+        key = tl.load(now + row.to(tl.int64)[:, None] * HALF + d[None, :], inside, 0.0)
+        split_keys(row, row < n_key_rows, key, key_parts, key_units, key_squares, n_key_rows, IDW, WIDTH, PARTS)
+    n_first = tl.minimum(chunk_size, n_tokens)
+    for tile in range(program, n_row_tiles(n_memories, n_rows, n_first, HEADS, SPLIT_ROWS), n_together):
+        split_queries(
+            tile, q, q_parts, q_units, q_squares, n_half_most, n_rows, n_first, n_tokens, 0,
+            HEADS, HALF, WIDTH, PARTS, IDW, SPLIT_ROWS, MOVE_D,
+        )  # fmt: skip
+    n_meetings = 1
+    meet(arrived, n_meetings, TIMED)
+
     for chunk in range(n_chunks):
         start = chunk * chunk_size
         n_chunk = tl.minimum(chunk_size, n_tokens - start)
         n_queries = n_rows * n_chunk
+        units, squares = q_units + chunk % 2 * n_half_most, q_squares + chunk % 2 * n_half_most
+        parts = q_parts + (chunk % 2) * n_half_most.to(tl.int64) * (PARTS * WIDTH)
         for tile in range(program, n_rank_tiles(n_memories, n_queries, HEADS, SUBKEYS, RANK_S, RANK_N), n_together):
             rank_tile(
-                tile, q, now, ranks, n_rows, n_chunk, n_tokens, start, HEADS, SUBKEYS, HALF, IDW,
-                RANK_S, RANK_N, RANK_D, RANK_STAGES,
+                tile, parts, units, key_parts, key_units, key_squares, ranks, n_memories, n_queries, n_half_most,
+                HEADS, SUBKEYS, WIDTH, IDW, PARTS, RANK_S, RANK_N, RANK_D, RANK_STAGES,
+            )  # fmt: skip
+        # The next chunk's queries, by the last programs first: few queries have fewer tiles of ranks than programs.
+        n_next = tl.minimum(chunk_size, n_tokens - start - n_chunk)
+        next = (chunk + 1) % 2
+        for tile in range(
+            n_together - 1 - program, n_row_tiles(n_memories, n_rows, n_next, HEADS, SPLIT_ROWS), n_together
+        ):
+            split_queries(
+                tile, q, q_parts + next * n_half_most.to(tl.int64) * (PARTS * WIDTH), q_units + next * n_half_most,
+                q_squares + next * n_half_most, n_half_most, n_rows, n_next, n_tokens, start + n_chunk,
+                HEADS, HALF, WIDTH, PARTS, IDW, SPLIT_ROWS, MOVE_D,
             )  # fmt: skip
         n_meetings += 1
         meet(arrived, n_meetings, TIMED)
 
-        n_half_queries = n_memories * n_queries * (2 * HEADS)
-        for tile in range(program, tl.cdiv(n_half_queries, ROWS), n_together):
+        used = uses + chunk * n_memories * (2 * SUBKEYS)
+        for tile in range(program, n_row_tiles(n_memories, n_rows, n_chunk, HEADS, ROWS), n_together):
             address_rows(
-                tile * ROWS + tl.arange(0, ROWS), q, now, ranks, indices, measures, probabilities, places,
-                n_half_queries, n_queries, n_most, n_rows, n_chunk, n_tokens, start,
-                HEADS, SUBKEYS, HALF, TOP_K, IDW, IDW_EPS, STEP, BLOCK_N, ROW_D, BLOCK_K,
+                tile, q, now, ranks, squares, indices, measures, probabilities, used, use_scale,
+                n_rows, n_chunk, n_tokens, start,
+                HEADS, SUBKEYS, HALF, TOP_K, IDW, IDW_EPS, STEP, ROWS, BLOCK_N, MOVE_D,
             )  # fmt: skip
         n_meetings += 1
         meet(arrived, n_meetings, TIMED)
 
         if STEP:
-            used = mean + chunk * n_memories * (2 * SUBKEYS)
-            for tile in range(program, tl.cdiv(n_memories * (2 * SUBKEYS), LIST_U), n_together):
-                list_uses(
-                    tile, places, probabilities, listing, counts, used, n_most, n_memories, n_rows, n_chunk, n_tokens,
-                    start, HEADS, SUBKEYS, TOP_K, LIST_U, LIST_Q,
+            my_room = program * n_most_each * TOP_K
+            n_pulls = n_pull_tiles(n_memories, HEADS, SUBKEYS, HALF, SPLITS, PULL_U, PULL_D)
+            for tile in range(program, tl.where(chunk < n_steps, n_pulls, 0), n_together):
+                pull_tile(
+                    tile, room + my_room, index_room + my_room, parts, units, indices, measures, probabilities, used,
+                    use_scale, probabilities, pulls, totals, lr, address_weight, n_queries * HEADS, n_memories,
+                    n_queries, n_half_most, n_most_each, n_rows, n_chunk, n_tokens, start,
+                    HEADS, SUBKEYS, HALF, WIDTH, PARTS, TOP_K, IDW, True, IDW_EPS, ENTROPY_EPS,
+                    SPLITS, PULL_U, PULL_L, PULL_C, PULL_D, BLOCK_K, PULL_STAGES,
                 )  # fmt: skip
             n_meetings += 1
             meet(arrived, n_meetings, TIMED)
@@ -107,22 +161,13 @@ def key_chain_kernel(
             then = now
             if KEEP:
                 then = now + n_memories.to(tl.int64) * (2 * HEADS * SUBKEYS * HALF)
-            n_tables = n_memories * (2 * HEADS)
-            first_table, lane, n_lanes = table_lane(n_tables)
-            for table in range(first_table, n_tables, n_together):
-                pull_pieces(
-                    table, lane, n_lanes, q, listing, counts, indices, measures, probabilities, used, probabilities,
-                    probabilities, pulls, totals, base_totals, lr, address_weight, n_queries * HEADS, n_most,
-                    n_most_pieces, n_rows, n_chunk, n_tokens, start, HEADS, SUBKEYS, HALF, TOP_K,
-                    IDW, True, False, IDW_EPS, ENTROPY_EPS, PULL_U, PULL_L, STEP_D, BLOCK_N, BLOCK_K,
-                )  # fmt: skip
-            n_meetings += 1
-            meet(arrived, n_meetings, TIMED)
-
-            for tile in range(program, tl.cdiv(n_tables * SUBKEYS, STEP_U), n_together):
-                step_subkeys(
-                    tile, now, now, counts, pulls, totals, base_totals, then, n_most_pieces, n_memories,
-                    HEADS, SUBKEYS, HALF, IDW, False, PULL_L, STEP_U, STEP_E, STEP_D, BLOCK_N,
+            n_moves = tl.where(chunk < n_steps, tl.cdiv(n_key_rows, MOVE_U), 0)
+            for tile in range(program, n_moves, n_together):
+                move_subkeys(
+                    tile * MOVE_U + tl.arange(0, MOVE_U), now, then, pulls, totals, kept_totals + chunk * n_key_rows,
+                    used, use_scale, mean + chunk * n_memories * (2 * SUBKEYS), key_parts, key_units, key_squares,
+                    n_queries * HEADS, n_memories,
+                    HEADS, SUBKEYS, HALF, WIDTH, PARTS, IDW, KEEP, SPLITS, MOVE_E, MOVE_D,
                 )  # fmt: skip
             now = then
             n_meetings += 1
@@ -136,17 +181,22 @@ def key_chain(
     measures: Tensor,
     probabilities: Tensor,
     mean: Tensor,
+    totals: Tensor,
     chunk_size: int,
     score: str,
     lr: float,
     address_weight: float,
+    *,
+    goes_on: bool = True,
 ) -> None:
     """Choose the k sub-keys of each half for all tokens of a call, and move the keys after each chunk.
 
     keys (n_chunks + 1,M,H,2,n,K/2), of which keys[0] is given and keys[c + 1] are those after chunk c; or (1,...),
-    moved in place. With ``address_weight`` 0 they stand still, keys is (1,...) and ``mean`` is not written.
+    moved in place. ``totals`` (n_chunks,M,H,2,n) is written with more than one of them, for the backward. Unless the
+    memory ``goes_on``, the last chunk does not move them, and its ``mean`` and ``totals`` are not written. With
+    ``address_weight`` 0 they stand still, keys is (1,...) and neither ``mean`` nor ``totals`` is written.
 
-    For what a chunk does see :func:`rank_tile`, :func:`address_rows`, :func:`list_uses` and :func:`step_subkeys`: four
+    For what a chunk does see :func:`rank_tile`, :func:`address_rows`, :func:`pull_tile` and :func:`move_subkeys`: four
     steps that wait for one another. All are done by one launch whose programs meet between them, since at 512 tokens a
     chunk a launch of its own costs each more than its work. One meeting takes about 1 us on an H200.
     """
@@ -154,37 +204,38 @@ def key_chain(
     n_kept, n_subkeys, half_dim = keys.shape[0], keys.shape[4], keys.shape[5]
     top_k = indices.shape[-1]
     n_most = n_rows * min(chunk_size, n_tokens)
-    n_half_queries = n_memories * n_most * n_heads * 2
-    n_lists = n_memories * n_heads * 2 * n_subkeys
-    assert max(n_lists * n_most, measures.numel()) < 2**31, "accesses of a chunk are counted in 32 bits"
+    n_tables = n_memories * n_heads * 2
+    n_half_queries, n_key_rows = n_tables * n_most, n_tables * n_subkeys
+    assert max(n_half_queries, measures.numel()) < 2**31, "accesses of a chunk are counted in 32 bits"
     step = address_weight != 0
     block_n, block_k = triton.next_power_of_2(n_subkeys), triton.next_power_of_2(top_k)
     programs = n_programs(q, PROGRAMS)
-    rank_d = 32 if half_dim > 16 else 16
-    rank_s, rank_n, rank_stages = rank_tile_sizes(n_subkeys, rank_d, shared_bytes(q, PROGRAMS))
-    rows = row_tile_size(n_half_queries, block_n, programs)
-    list_u, list_q = list_tile_sizes(n_most)
-    tiles = step_tiles(half_dim, n_subkeys)
-    most_pieces = n_most_pieces(n_most, n_subkeys, top_k, tiles)
-    n_sums = n_memories * n_heads * 2 * most_pieces if step else 0
-    counts = indices.new_empty(n_lists)
+    rank_s, rank_n, rank_d, rank_stages = rank_tile_sizes(n_subkeys, half_dim, shared_bytes(q, PROGRAMS))
+    n_chunk_rows = min(chunk_size, n_tokens) * n_heads * 2
+    tiles = step_tiles(n_tables, n_subkeys, half_dim, top_k, n_most, programs)
+    n_each = tiles.n_each(n_most)
+    n_rooms = programs * top_k * n_each if step else 0
+    n_pulls = tiles.splits * n_key_rows if step else 0
     n_chunks = triton.cdiv(n_tokens, chunk_size)
+    uses = torch.zeros(n_chunks * n_memories * 2 * n_subkeys if step else 0, dtype=torch.int64, device=q.device)
+    q_parts, q_units = new_parts(q, 2 * n_half_queries, half_dim)
+    key_parts, key_units = new_parts(q, n_key_rows, half_dim)
     arrived, timed = meetings(
-        q, "key_chain", n_chunks, ("rank", "address", "list", "pull", "step") if step else ("rank", "address")
+        q, "key_chain", n_chunks, ("rank", "address", "pull", "step") if step else ("rank", "address"), n_before=1
     )
     launch(
         key_chain_kernel,
         (programs,),
-        *(q, keys, indices, measures, probabilities, mean, q.new_empty(n_half_queries * n_subkeys)),
-        indices.new_zeros(n_lists * n_most if step else 0, dtype=torch.int8),
-        indices.new_empty(n_lists * n_most if step else 0),
-        counts,
-        *(q.new_empty(n_sums * half_dim), q.new_empty(n_sums), q.new_empty(n_sums)),
-        *(arrived, float(lr), float(address_weight)),
-        *(n_memories, n_rows, n_tokens, chunk_size, n_chunks, n_most, most_pieces),
+        *(q, keys, indices, measures, probabilities, mean, totals, uses, q.new_empty(n_half_queries * n_subkeys)),
+        *(q_parts, q_units, torch.empty_like(q_units), key_parts, key_units, torch.empty_like(key_units)),
+        *(q.new_empty(n_rooms), indices.new_empty(n_rooms), q.new_empty(n_pulls * half_dim), q.new_empty(n_pulls)),
+        *(arrived, float(lr), float(address_weight), use_unit(n_most * n_heads)),
+        *(n_memories, n_rows, n_tokens, chunk_size, n_chunks, n_most, n_each, n_chunks if goes_on else n_chunks - 1),
         HEADS=n_heads,
         SUBKEYS=n_subkeys,
         HALF=half_dim,
+        WIDTH=part_width(half_dim),
+        PARTS=part_type(q.dtype)[1],
         TOP_K=top_k,
         IDW=score == "idw",
         STEP=step,
@@ -195,15 +246,9 @@ def key_chain(
         RANK_N=rank_n,
         RANK_D=rank_d,
         RANK_STAGES=rank_stages,
-        ROWS=rows,
-        ROW_D=row_width(rows, block_k, half_dim),
-        LIST_U=list_u,
-        LIST_Q=list_q,
-        PULL_U=tiles.pull_u,
-        PULL_L=tiles.pull_l,
-        STEP_U=tiles.step_u,
-        STEP_E=tiles.step_e,
-        STEP_D=tiles.width,
+        ROWS=row_tile_size(n_chunk_rows, n_memories * n_rows, 4096 // block_n, programs),
+        SPLIT_ROWS=row_tile_size(n_chunk_rows, n_memories * n_rows, max(1, 8192 // tiles.move_d), programs),
+        **tile_constants(tiles),
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         TIMED=timed,
@@ -216,11 +261,21 @@ def key_chain(
 PROGRAMS = 2
 
 
-def row_tile_size(n_half_queries: int, block_n: int, programs: int) -> int:
-    """Half queries that a program addresses together: at most 4096 ranks, and enough tiles for all programs."""
-    return max(1, min(4096 // block_n, triton.next_power_of_2(triton.cdiv(n_half_queries, programs))))
+def use_unit(n_shares: int) -> float:
+    """Parts of 1 that the shares, of which there are ``n_shares``, are counted in: 64 bits hold their sum."""
+    return float(2 ** (62 - n_shares.bit_length()))
 
 
-def row_width(rows: int, block_k: int, half_dim: int) -> int:
-    """Elements of a key that a program gathers at a time for each of ``rows`` times k sub-keys."""
-    return max(1, min(4096 // (rows * block_k), triton.next_power_of_2(half_dim)))
+def tile_constants(tiles: StepTiles) -> dict[str, int]:
+    """The tiles under the names that both chains' kernels have for them."""
+    return {
+        "SPLITS": tiles.splits,
+        "PULL_U": tiles.pull_u,
+        "PULL_L": tiles.pull_l,
+        "PULL_C": tiles.pull_c,
+        "PULL_D": tiles.pull_d,
+        "PULL_STAGES": tiles.stages,
+        "MOVE_U": tiles.move_u,
+        "MOVE_E": tiles.move_e,
+        "MOVE_D": tiles.move_d,
+    }

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from mixers.kernels.chunk import token_of
 
 
 @triton.jit
-def newest_rows(table, row, versions, version, VALUE: tl.constexpr):
-    """Where the rows of V stand: row ``version`` of ``versions``, or, where that is -1, ``row`` of ``table``."""
-    return tl.where(version >= 0, versions + version.to(tl.int64) * VALUE, table + row * VALUE)
+def newest_rows(table, row, versions, version, VALUE: tl.constexpr, ALIGN: tl.constexpr):
+    """Where the rows of V stand: row ``version`` of ``versions``, or, where that is -1, ``row`` of ``table``.
+
+    ALIGN is from :func:`row_alignment`: the compiler doesn't see through the choice and would load single elements.
+    """
+    place = tl.where(version >= 0, versions + version.to(tl.int64) * VALUE, table + row * VALUE)
+    return tl.multiple_of(place, ALIGN)
 
 
 @triton.jit
@@ -30,7 +37,7 @@ def read_token(
     query, memory, table, table_step, versions, before, slots, weights, v, gate, mask, out, error, squared_error,
     n_rows, n_chunk, n_tokens, start, lookahead,
     N_READ: tl.constexpr, VALUE: tl.constexpr, VERSIONS: tl.constexpr, GATED: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_J: tl.constexpr, BLOCK_V: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """out_t = sum_j a_tj row_tj of one query, BLOCK_J rows in flight, and what its pair will write.
 
@@ -55,7 +62,7 @@ def read_token(
         listed = j < N_READ
         row = first_row + tl.load(slots + token * N_READ + j, listed, 0)
         if VERSIONS:
-            place = newest_rows(table, row, versions, tl.load(before + token * N_READ + j, listed, -1), VALUE)
+            place = newest_rows(table, row, versions, tl.load(before + token * N_READ + j, listed, -1), VALUE, ALIGN)
         else:
             place = table + row * VALUE
         weight = tl.load(weights + token * N_READ + j, listed, 0.0)
@@ -68,6 +75,11 @@ def read_token(
         error_row = memory.to(tl.int64) * n_rows * n_chunk + query
     tl.store(error + error_row * VALUE + v_index, token_weight * difference, v_index < VALUE)
     tl.store(squared_error + token, token_weight * (tl.sum(difference * difference, axis=0) / VALUE))
+
+
+def row_alignment(*tables: Tensor) -> int:
+    """The bytes, at most 16, by which all rows of the tables (...,V) are aligned."""
+    return math.gcd(16, *(table.shape[-1] * table.element_size() for table in tables), *(t.data_ptr() for t in tables))
 
 
 def rows_at_once(n_read: int, block_v: int) -> int:

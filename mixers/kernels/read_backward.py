@@ -12,13 +12,13 @@ from mixers.kernels.read import newest_rows, pair_weight_of
 @triton.jit
 def later_rows(
     access, row, listed, later, d_table, after, v_index,
-    VALUE: tl.constexpr, GIVEN: tl.constexpr,
+    VALUE: tl.constexpr, GIVEN: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The derivatives M of rows after the chunk, see :func:`mixers.kernels.row_steps.step_rows_backward`."""
     version = tl.load(after + access, listed, -1)
     place = later + version.to(tl.int64) * VALUE
     if GIVEN:
-        place = newest_rows(d_table, row, later, version, VALUE)
+        place = newest_rows(d_table, row, later, version, VALUE, ALIGN)
     else:
         listed = listed & (version >= 0)
     return tl.load(place[:, None] + v_index[None, :], listed[:, None] & (v_index < VALUE)[None, :], 0.0)
@@ -27,10 +27,10 @@ def later_rows(
 @triton.jit
 def read_again(
     access, row, listed, table, versions, before, v_index,
-    VALUE: tl.constexpr,
+    VALUE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The rows that the accesses read."""
-    place = newest_rows(table, row, versions, tl.load(before + access, listed, -1), VALUE)
+    place = newest_rows(table, row, versions, tl.load(before + access, listed, -1), VALUE, ALIGN)
     return tl.load(place[:, None] + v_index[None, :], listed[:, None] & (v_index < VALUE)[None, :], 0.0)
 
 
@@ -40,7 +40,8 @@ def token_backward(
     read, v, gate, mask, d_out, d_weights, temperature, d_read, d_v, d_gate, d_half,
     n_table, n_rows, n_chunk, n_tokens, start, lookahead,
     HEADS: tl.constexpr, TOP_K: tl.constexpr, VALUE: tl.constexpr, GATED: tl.constexpr, MASKED: tl.constexpr,
-    ADD_WEIGHTS: tl.constexpr, GIVEN: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_V: tl.constexpr, ALL_J: tl.constexpr,
+    ADD_WEIGHTS: tl.constexpr, GIVEN: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_V: tl.constexpr, ALL_J: tl.constexpr,
 ):  # fmt: skip
     """Derivatives of one token's read and error.
 
@@ -74,6 +75,14 @@ def token_backward(
     token_weight = pair_weight_of(gate, mask, token, writes, d_out, GATED, MASKED)
     d_row = tl.load(d_out + token * VALUE + v_index, inside, 0.0)
     error = tl.where(written, token_weight * difference, 0.0)
+    if HEADS * TOP_K <= BLOCK_J:
+        # Asked for before the others, on which what they are multiplied by depends.
+        j = tl.arange(0, BLOCK_J)
+        listed = j < HEADS * TOP_K
+        slot = tl.load(slots + first_access + j, listed, 0)
+        all_rows = read_again(
+            first_access + j, table_row + slot, listed, table, versions, before, v_index, VALUE, ALIGN
+        )  # fmt: skip
     d_error = tl.zeros((BLOCK_V,), dtype=dtype)
     on_weights = tl.zeros((ALL_J,), dtype=dtype)
     for first in range(0, HEADS * TOP_K, BLOCK_J):
@@ -83,7 +92,7 @@ def token_backward(
         factor = tl.load(factors + access, moves, 0.0)
         weight = tl.load(weights + access, moves, 0.0) * factor
         slot = tl.load(slots + access, moves, 0)
-        rows = later_rows(access, d_row_first + slot, moves, later, d_table, after, v_index, VALUE, GIVEN)
+        rows = later_rows(access, d_row_first + slot, moves, later, d_table, after, v_index, VALUE, GIVEN, ALIGN)
         d_error += tl.sum(weight[:, None] * rows, axis=0)
         on_weight = factor * tl.sum(rows * error[None, :], axis=1)
         on_weights += tl.sum(tl.where(all_j[:, None] == j[None, :], on_weight[None, :], 0.0), axis=1)
@@ -104,9 +113,13 @@ def token_backward(
     for first in range(0, HEADS * TOP_K, BLOCK_J):
         j = first + tl.arange(0, BLOCK_J)
         listed = j < HEADS * TOP_K
-        access = first_access + j
-        slot = tl.load(slots + access, listed, 0)
-        rows = read_again(access, table_row + slot, listed, table, versions, before, v_index, VALUE)
+        if HEADS * TOP_K <= BLOCK_J:
+            rows = all_rows
+        else:
+            slot = tl.load(slots + first_access + j, listed, 0)
+            rows = read_again(
+                first_access + j, table_row + slot, listed, table, versions, before, v_index, VALUE, ALIGN
+            )  # fmt: skip
         on_weight = tl.sum(rows * d_row[None, :], axis=1)
         on_weights += tl.sum(tl.where(all_j[:, None] == j[None, :], on_weight[None, :], 0.0), axis=1)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mixers.kernels.chunk import token_of
 from mixers.kernels.launch import launch
-from mixers.kernels.read import newest_rows
+from mixers.kernels.read import newest_rows, row_alignment
 from mixers.kernels.versions import Accesses
 
 
@@ -74,7 +74,7 @@ def sum_groups(
 def step_rows(
     tile, table, table_step, versions, before, after, slots, error, move, order, count_of, group_of,
     n_accesses, n_rows, n_chunk, n_tokens, start,
-    N_READ: tl.constexpr, VALUE: tl.constexpr, VERSIONS: tl.constexpr,
+    N_READ: tl.constexpr, VALUE: tl.constexpr, VERSIONS: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """row_u += sum over the chunk's accesses (t,j) -> u of move_tj error_t, of BLOCK_G accesses the groups they start.
@@ -94,7 +94,7 @@ def step_rows(
     if VERSIONS:
         version = tl.load(before + access, exists, -1)
         count = tl.where(tl.load(after + access, exists, -1) >= 0, count, 0)
-        old_place = newest_rows(table, row, versions, version, VALUE)
+        old_place = newest_rows(table, row, versions, version, VALUE, ALIGN)
         new_place = versions + group.to(tl.int64) * VALUE
     else:
         old_place = table + row * VALUE
@@ -115,7 +115,7 @@ def step_rows(
 def step_rows_backward(
     tile, later, d_table, before, after, slots, d_read, weights, order, count_of, group_of,
     n_accesses, n_table, n_rows, n_chunk, n_tokens, start,
-    N_READ: tl.constexpr, VALUE: tl.constexpr, GIVEN: tl.constexpr, FIRST: tl.constexpr,
+    N_READ: tl.constexpr, VALUE: tl.constexpr, GIVEN: tl.constexpr, FIRST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """The derivative of the rows that a chunk read from those that it left: M_u + sum over (t,j) -> u of w_tj dread_t.
@@ -136,10 +136,10 @@ def step_rows_backward(
     old_place = later + version.to(tl.int64) * VALUE
     new_place = later + earlier.to(tl.int64) * VALUE
     if GIVEN:
-        old_place = newest_rows(d_table, row, later, version, VALUE)
+        old_place = newest_rows(d_table, row, later, version, VALUE, ALIGN)
         is_known = exists
     if FIRST:
-        new_place = newest_rows(d_table, row, later, earlier, VALUE)
+        new_place = newest_rows(d_table, row, later, earlier, VALUE, ALIGN)
     else:
         count = tl.where(earlier >= 0, count, 0)
     if tl.max(count, axis=0) > 0:
@@ -172,6 +172,7 @@ def last_rows_kernel(
     n_tokens,
     N_READ: tl.constexpr,
     VALUE: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -184,7 +185,7 @@ def last_rows_kernel(
     group = tl.load(group_of + access, is_read, 0)
     version = tl.load(before + access, is_read, -1)
     row = target % n_table + target // n_table * table_step
-    place = newest_rows(table, row, versions, version, VALUE)
+    place = newest_rows(table, row, versions, version, VALUE, ALIGN)
     for first in range(0, VALUE, BLOCK_V):
         v_index = first + tl.arange(0, BLOCK_V)
         inside = exists[:, None] & (v_index < VALUE)[None, :]
@@ -240,6 +241,7 @@ def last_rows(table: Tensor, slots: Tensor, versions: Tensor, error: Tensor, acc
         *(error, out, n_slots, table_step(table), n_memories * n_slots, n_tokens),
         N_READ=n_read,
         VALUE=value_dim,
+        ALIGN=row_alignment(table, versions),
         BLOCK_G=block_g,
         BLOCK_E=block_e,
         BLOCK_V=block_v,

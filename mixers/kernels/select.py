@@ -5,23 +5,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mixers.kernels.chunk import token_of
+from mixers.kernels.parts import part_width, products
 
 
 @triton.jit
 def rank_tile(
-    tile, q, keys, ranks, n_rows, n_chunk, n_tokens, start,
-    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, IDW: tl.constexpr,
+    tile, q_parts, q_units, key_parts, key_units, key_squares, ranks, n_memories, n_queries, n_most,
+    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, WIDTH: tl.constexpr, IDW: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write one of the :func:`n_rank_tiles` tiles of a chunk's ``ranks`` (M,S,H,2,n): the higher, the nearer.
 
-    ``idw``: 2<q,key> - |key|^2, ``dot``: <q,key>, both from three tf32 products, accurate to about 2^-21 of |q| |key|.
+    ``idw``: 2<q,key> - |key|^2, ``dot``: <q,key>, from the rows' parts (:mod:`mixers.kernels.parts`), accurate to about
+    2^-21 of |q| |key|.
 
     Bytes per chunk: M S H 2 n ranks out; q once per BLOCK_N sub-keys and the keys once per BLOCK_S queries (from the
     L2 cache). 2 M S H n K operations, three times over on tensor cores.
     """
-    n_queries = n_rows * n_chunk
     key_tiles: tl.constexpr = (SUBKEYS + BLOCK_N - 1) // BLOCK_N
     query_tiles = tl.cdiv(n_queries, BLOCK_S)
     table = tile // (key_tiles * query_tiles)
@@ -29,26 +29,29 @@ def rank_tile(
     memory = table // (2 * HEADS)
     query = tile // key_tiles % query_tiles * BLOCK_S + tl.arange(0, BLOCK_S)
     exists = query < n_queries
-    q_row = token_of(query, memory, n_rows, n_chunk, n_tokens, start) * (2 * HEADS) + half_head
+    row = (memory.to(tl.int64) * n_queries + query) * (2 * HEADS) + half_head
     subkey = tile % key_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     real = subkey < SUBKEYS
     key_row = table.to(tl.int64) * SUBKEYS + subkey
-    dtype = q.dtype.element_ty
+    q_low_parts = q_parts + n_most.to(tl.int64) * WIDTH
+    key_low_parts = key_parts + n_memories.to(tl.int64) * (2 * HEADS * SUBKEYS * WIDTH)
 
-    rank = tl.zeros((BLOCK_S, BLOCK_N), dtype=dtype)
-    squares = tl.zeros((BLOCK_N, BLOCK_D), dtype=dtype)
-    for first in tl.range(0, HALF, BLOCK_D, num_stages=STAGES):
+    rank = tl.zeros((BLOCK_S, BLOCK_N), dtype=ranks.dtype.element_ty)
+    for first in tl.range(0, WIDTH, BLOCK_D, num_stages=STAGES):
         d = first + tl.arange(0, BLOCK_D)
-        inside = d < HALF
-        q_tile = tl.load(q + q_row[:, None] * HALF + d[None, :], exists[:, None] & inside[None, :], 0.0)
-        key_tile = tl.load(keys + key_row[:, None] * HALF + d[None, :], real[:, None] & inside[None, :], 0.0)
-        if IDW:
-            squares += key_tile * key_tile
-        rank = tl.dot(q_tile, tl.trans(key_tile), rank, input_precision="tf32x3", out_dtype=dtype)
+        at_q = row[:, None] * WIDTH + d[None, :]
+        at_key = key_row[:, None] * WIDTH + d[None, :]
+        q_high = tl.load(q_parts + at_q, exists[:, None], 0.0)
+        key_high = tl.load(key_parts + at_key, real[:, None], 0.0)
+        q_low, key_low = q_high, key_high
+        if PARTS == 2:
+            q_low = tl.load(q_low_parts + at_q, exists[:, None], 0.0)
+            key_low = tl.load(key_low_parts + at_key, real[:, None], 0.0)
+        rank = products(q_high, q_low, tl.trans(key_high), tl.trans(key_low), rank, PARTS)
+    rank = rank * tl.load(q_units + row, exists, 0.0)[:, None] * tl.load(key_units + key_row, real, 0.0)[None, :]
     # |q|^2 is the same for all sub-keys of a query: it does not change the order.
     if IDW:
-        rank = 2 * rank - tl.sum(squares, axis=1)[None, :]
-    row = (memory.to(tl.int64) * n_queries + query) * (2 * HEADS) + half_head
+        rank = 2 * rank - tl.load(key_squares + key_row, real, 0.0)[None, :]
     tl.store(ranks + row[:, None] * SUBKEYS + subkey[None, :], rank, exists[:, None] & real[None, :])
 
 
@@ -60,12 +63,13 @@ def n_rank_tiles(
     return n_memories * (2 * HEADS) * tl.cdiv(n_queries, BLOCK_S) * ((SUBKEYS + BLOCK_N - 1) // BLOCK_N)
 
 
-def rank_tile_sizes(n_subkeys: int, block_d: int, shared_bytes: int) -> tuple[int, int, int]:
-    """Queries and sub-keys of a tile, and how many steps of ``block_d`` elements a program loads ahead: up to 6, as far
-    as its shared memory reaches, 8 KB of which other work takes."""
+def rank_tile_sizes(n_subkeys: int, half_dim: int, shared_bytes: int) -> tuple[int, int, int, int]:
+    """Queries, sub-keys and elements of a tile, and how many steps a program loads ahead: up to 3, as far as its shared
+    memory reaches, 8 KB of which other work takes."""
     block_s, block_n = (64, 64) if n_subkeys > 32 else (32, max(16, triton.next_power_of_2(n_subkeys)))
-    n_steps = (shared_bytes - 8192) // (4 * (block_s + block_n) * block_d)
-    return block_s, block_n, max(1, min(6, n_steps))
+    block_d = 64 if part_width(half_dim) % 64 == 0 else 32
+    n_steps = (shared_bytes - 8192) // (2 * 2 * (block_s + block_n) * block_d)
+    return block_s, block_n, block_d, max(1, min(3, n_steps))
 
 
 @triton.jit
@@ -78,6 +82,15 @@ def in_order(x):
     else:
         bits = x.to(tl.int32, bitcast=True)
         return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def from_order(order):
+    """The floats of :func:`in_order`."""
+    if order.dtype.primitive_bitwidth == 64:
+        return (order ^ ((order >> 63) & 0x7FFFFFFFFFFFFFFF)).to(tl.float64, bitcast=True)
+    else:
+        return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -107,3 +120,24 @@ def choose_best(order, real, COUNT: tl.constexpr, BLOCK_K: tl.constexpr):
         best = tl.where(place[None, :] == j, top[:, None], best)
         order = without(order, column[None, :] == top[:, None])
     return best
+
+
+@triton.jit
+def choose_best_of_parts(order, column, COUNT: tl.constexpr):
+    """As :func:`choose_best`, of rows in parts (rows, parts, columns of a part): the largest and where they are.
+
+    A part is as wide as the threads of one warp reach, and a thread holds its columns of all parts: no maximum waits
+    for another warp. ``column`` (parts, columns of a part): their numbers. Both results (rows, 32), a column a thread,
+    of which the first COUNT count.
+    """
+    place = tl.arange(0, 32)
+    found = tl.zeros((order.shape[0], 32), dtype=order.dtype)
+    best = tl.zeros((order.shape[0], 32), dtype=tl.int32)
+    for j in range(COUNT):
+        highest = tl.max(tl.max(order, axis=1), axis=1)
+        is_top = order == highest[:, None, None]
+        top = tl.min(tl.min(tl.where(is_top, column[None, :, :], 0x7FFFFFFF), axis=1), axis=1)
+        found = tl.where(place[None, :] == j, highest[:, None], found)
+        best = tl.where(place[None, :] == j, top[:, None], best)
+        order = without(order, column[None, :, :] == top[:, None, None])
+    return found, best

@@ -1,4 +1,4 @@
-"""How much each sub-key is used by a chunk, and by which queries: sums and lists in the order of the queries."""
+"""How much each sub-key is used by a chunk: sums over the queries that list it."""
 
 from __future__ import annotations
 
@@ -7,53 +7,49 @@ import triton.language as tl
 
 
 @triton.jit
-def list_uses(
-    tile, places, shares, listing, counts, mean, n_most, n_memories, n_rows, n_chunk, n_tokens, start,
-    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_Q: tl.constexpr,
+def sum_uses(
+    tile, indices, shares, sums, n_memories, n_rows, n_chunk, n_tokens, start,
+    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, TOP_K: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Of BLOCK_U sub-keys (m*2 + half)*n + i: which of the chunk's queries list them, and the mean of the shares.
+    """sums (SPLITS,M,2,n) of one of the :func:`n_use_tiles` tiles: of BLOCK_U sub-keys and a SPLITS-th of the queries.
 
-    places (M,H,2,n,n_most) int8: 1 + the place of a sub-key in a query's list of k, 0 where the query doesn't list it;
-    set to 0 again. listing (M,H,2,n,n_most) int32: the accesses query * k + place that list a sub-key, in the order of
-    the queries; counts (M,H,2,n) int32 of them. mean (M,2,n) = sum of their shares (M,R,T,H,2,k) over S*H.
-
-    Bytes per chunk: n S of places for each half and head, 4 k S of shares and of lists (all from the L2 cache).
+    A sub-key's sum is that of ``shares`` (M,R,T,H,2,k) over the places where ``indices`` names it, H heads together.
+    Every access is compared with every sub-key: M S H 2 k n comparisons per chunk.
     """
-    row = tile * BLOCK_U + tl.arange(0, BLOCK_U)
-    real = row < n_memories * 2 * SUBKEYS
-    subkey = row % SUBKEYS
-    half = row // SUBKEYS % 2
-    memory = row // (2 * SUBKEYS)
+    u_tiles: tl.constexpr = (SUBKEYS + BLOCK_U - 1) // BLOCK_U
+    split = tile % SPLITS
+    subkey = tile // SPLITS % u_tiles * BLOCK_U + tl.arange(0, BLOCK_U)
+    half = tile // (SPLITS * u_tiles) % 2
+    memory = tile // (SPLITS * u_tiles * 2)
     n_queries = n_rows * n_chunk
-    used = tl.zeros((BLOCK_U,), dtype=shares.dtype.element_ty)
-    for head in range(HEADS):
-        half_head = head * 2 + half
-        list_row = (memory * (2 * HEADS) + half_head).to(tl.int64) * SUBKEYS + subkey
-        n_listed = tl.zeros((BLOCK_U,), dtype=tl.int32)
-        # 32 bits hold the offsets of a chunk, see the launchers; there are n S of them, so that they set the pace.
-        at_list = (list_row * n_most).to(tl.int32)
-        at_memory = memory * (n_rows * n_tokens * (2 * HEADS * TOP_K)) + half_head * TOP_K - 1
-        for first in range(0, n_queries, BLOCK_Q):
-            query = first + tl.arange(0, BLOCK_Q)
-            token = query // n_chunk * n_tokens + start + query % n_chunk
-            at = at_list[:, None] + query[None, :]
-            place = tl.load(places + at, real[:, None] & (query < n_queries)[None, :], 0).to(tl.int32)
-            listed = place > 0
-            flag = listed.to(tl.int32)
-            position = n_listed[:, None] + tl.cumsum(flag, axis=1) - flag
-            entry = at_memory[:, None] + (token * (2 * HEADS * TOP_K))[None, :] + place
-            used += tl.sum(tl.load(shares + entry, listed, 0.0), axis=1)
-            access = (query * TOP_K - 1)[None, :] + place
-            tl.store(listing + at_list[:, None] + position, access, listed)
-            n_listed += tl.sum(flag, axis=1)
-            # All threads have loaded before any sets back.
-            tl.debug_barrier()
-            tl.store(places + at, tl.zeros(place.shape, dtype=tl.int8), listed)
-        tl.store(counts + list_row, n_listed, real)
-    tl.store(mean + row, used / (n_queries * HEADS), real)
+    n_each = tl.cdiv(tl.cdiv(n_queries, SPLITS), BLOCK_Q) * BLOCK_Q
+    access = tl.arange(0, BLOCK_Q * BLOCK_K)
+    place = access % BLOCK_K
+    total = tl.zeros((BLOCK_U, BLOCK_Q * BLOCK_K), dtype=sums.dtype.element_ty)
+    for done in range(0, n_each, BLOCK_Q):
+        query = split * n_each + done + access // BLOCK_K
+        there = (query < n_queries) & (place < TOP_K)
+        token = (memory.to(tl.int64) * n_rows + query // n_chunk) * n_tokens + start + query % n_chunk
+        for head in range(HEADS):
+            entry = (token * (2 * HEADS) + 2 * head + half) * TOP_K + place
+            index = tl.load(indices + entry, there, -1)
+            share = tl.load(shares + entry, there, 0.0)
+            total += tl.where(index[None, :] == subkey[:, None], share[None, :], 0.0)
+    row = (memory * 2 + half) * SUBKEYS + subkey
+    out = split * n_memories * (2 * SUBKEYS) + row
+    tl.store(sums + out, tl.sum(total, axis=1), subkey < SUBKEYS)
 
 
-def list_tile_sizes(n_queries: int) -> tuple[int, int]:
-    """Sub-keys and queries that a program looks at together: 1024 of both, few enough for their registers."""
-    block_q = max(16, min(256, triton.next_power_of_2(n_queries)))
-    return min(32, 1024 // block_q), block_q
+@triton.jit
+def n_use_tiles(n_memories, SUBKEYS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_U: tl.constexpr):
+    """Tiles of BLOCK_U sub-keys and a SPLITS-th of the queries, of both halves of all memories."""
+    return n_memories * (2 * SPLITS * ((SUBKEYS + BLOCK_U - 1) // BLOCK_U))
+
+
+def use_tiles(n_memories: int, n_subkeys: int, top_k: int, n_queries: int, programs: int) -> tuple[int, int, int]:
+    """Parts of the queries, sub-keys and queries of a tile: as many tiles as programs, 4096 comparisons at a time."""
+    block_u = min(32, max(16, triton.next_power_of_2(n_subkeys)))
+    block_q = max(1, 4096 // block_u // triton.next_power_of_2(top_k))
+    n_tiles = n_memories * 2 * triton.cdiv(n_subkeys, block_u)
+    return max(1, min(8, programs // n_tiles, triton.cdiv(n_queries, block_q))), block_u, block_q

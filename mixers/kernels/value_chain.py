@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mixers.kernels.barrier import begin, meet, meetings, n_programs
 from mixers.kernels.launch import launch
-from mixers.kernels.read import read_token, rows_at_once
+from mixers.kernels.read import read_token, row_alignment, rows_at_once
 from mixers.kernels.row_steps import step_rows, step_tile_sizes, table_step
 from mixers.kernels.versions import Accesses
 
@@ -47,6 +47,7 @@ def value_chain_kernel(
     VERSIONS: tl.constexpr,
     GATED: tl.constexpr,
     MASKED: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_J: tl.constexpr,
     READ_V: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -66,7 +67,7 @@ def value_chain_kernel(
             read_token(
                 query % n_queries, query // n_queries, table, table_step, versions, before, slots, weights, v, gate,
                 mask, read, error, squared_error, n_rows, n_chunk, n_tokens, start, lookahead,
-                N_READ, VALUE, VERSIONS, GATED, MASKED, BLOCK_J, READ_V,
+                N_READ, VALUE, VERSIONS, GATED, MASKED, ALIGN, BLOCK_J, READ_V,
             )  # fmt: skip
         n_meetings += 1
         meet(arrived, n_meetings, TIMED)
@@ -81,7 +82,7 @@ def value_chain_kernel(
                 step_rows(
                     n_tiles - 1 - tile, table, table_step, versions, before, after, slots, error, move, order, count,
                     group, n_accesses, n_rows, n_chunk, n_tokens, start,
-                    N_READ, VALUE, VERSIONS, BLOCK_G, BLOCK_E, STEP_V,
+                    N_READ, VALUE, VERSIONS, ALIGN, BLOCK_G, BLOCK_E, STEP_V,
                 )  # fmt: skip
             n_meetings += 1
             meet(arrived, n_meetings, TIMED)
@@ -132,6 +133,7 @@ def value_chain(
         VERSIONS=versions is not None,
         GATED=gate is not None,
         MASKED=mask is not None,
+        ALIGN=row_alignment(table, table if versions is None else versions),
         BLOCK_J=rows_at_once(n_read, block_v),
         READ_V=block_v,
         BLOCK_G=block_g,

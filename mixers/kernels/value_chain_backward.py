@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mixers.kernels.barrier import begin, meet, meetings, n_programs
 from mixers.kernels.launch import launch
-from mixers.kernels.read import rows_at_once
+from mixers.kernels.read import row_alignment, rows_at_once
 from mixers.kernels.read_backward import token_backward
 from mixers.kernels.row_steps import step_rows_backward, step_tile_sizes, table_step
 from mixers.kernels.value_chain import PROGRAMS, REGISTERS
@@ -62,6 +62,7 @@ def value_chain_backward_kernel(
     ADD_WEIGHTS: tl.constexpr,
     GIVEN: tl.constexpr,
     FIRST: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_J: tl.constexpr,
     READ_V: tl.constexpr,
     ALL_J: tl.constexpr,
@@ -84,7 +85,7 @@ def value_chain_backward_kernel(
                 query % n_queries, query // n_queries, later, d_table, table, table_step, versions, before, after,
                 slots, factors, weights, pairs, read, v, gate, mask, d_out, d_weights, temperature, d_read, d_v, d_gate,
                 d_half, n_table, n_rows, n_chunk, n_tokens, start, lookahead,
-                HEADS, TOP_K, VALUE, GATED, MASKED, ADD_WEIGHTS, GIVEN, BLOCK_J, READ_V, ALL_J,
+                HEADS, TOP_K, VALUE, GATED, MASKED, ADD_WEIGHTS, GIVEN, ALIGN, BLOCK_J, READ_V, ALL_J,
             )  # fmt: skip
         n_meetings += 1
         meet(arrived, n_meetings, TIMED)
@@ -97,7 +98,7 @@ def value_chain_backward_kernel(
                 step_rows_backward(
                     tile, later, d_table, before, after, slots, d_read, weights, order, count, group,
                     n_accesses, n_table, n_rows, n_chunk, n_tokens, start,
-                    HEADS * TOP_K, VALUE, GIVEN, FIRST, BLOCK_G, BLOCK_E, STEP_V,
+                    HEADS * TOP_K, VALUE, GIVEN, FIRST, ALIGN, BLOCK_G, BLOCK_E, STEP_V,
                 )  # fmt: skip
             n_meetings += 1
             meet(arrived, n_meetings, TIMED)
@@ -162,6 +163,7 @@ def value_chain_backward(
         ADD_WEIGHTS=d_weights is not None,
         GIVEN=given,
         FIRST=needs_table,
+        ALIGN=row_alignment(table, versions, later, *(() if d_table is None else (d_table,))),
         BLOCK_J=rows_at_once(n_read, block_v),
         READ_V=block_v,
         ALL_J=triton.next_power_of_2(n_read),

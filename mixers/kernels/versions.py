@@ -55,9 +55,9 @@ def codes_kernel(
 
 
 @triton.jit
-def first_from(codes, wanted, low, high, n_steps):
+def first_from(codes, wanted, low, high):
     """The first place in low .. high, of ascending ``codes``, with a code of at least ``wanted``; else ``high``."""
-    for _ in range(n_steps):
+    while tl.sum((low < high).to(tl.int32), axis=0) > 0:
         searching = low < high
         middle = (low + high) // 2
         is_below = tl.load(codes + middle, searching, 0) < wanted
@@ -66,7 +66,40 @@ def first_from(codes, wanted, low, high, n_steps):
     return low
 
 
-@triton.jit(do_not_specialize=["n_accesses", "n_table", "n_memories", "n_chunks", "n_steps"])
+@triton.jit
+def run_start(codes, place, code, exists):
+    """The first place of the run of equal codes around ``place``: a few steps where runs are short."""
+    going = exists & (place > 0)
+    low, high = tl.where(going, 0, place), place
+    step = 1
+    while tl.sum(going.to(tl.int32), axis=0) > 0:
+        probe = tl.maximum(high - step, 0)
+        is_same = tl.load(codes + probe, going, 0) == code
+        low = tl.where(going & (is_same == 0), probe + 1, low)
+        high = tl.where(going & is_same, probe, high)
+        going = going & is_same & (probe > 0)
+        step *= 2
+    return first_from(codes, code, low, high)
+
+
+@triton.jit
+def run_end(codes, place, code, exists, n_codes):
+    """The place after the last of the run of equal codes around ``place``."""
+    low = place + 1
+    high = tl.where(exists, n_codes, low)
+    going = low < high
+    step = 1
+    while tl.sum(going.to(tl.int32), axis=0) > 0:
+        probe = tl.minimum(low + step - 1, n_codes - 1)
+        is_same = tl.load(codes + probe, going, 0) == code
+        high = tl.where(going & (is_same == 0), probe, high)
+        low = tl.where(going & is_same, probe + 1, low)
+        going = going & is_same & (low < n_codes)
+        step *= 2
+    return first_from(codes, code + 1, low, high)
+
+
+@triton.jit(do_not_specialize=["n_accesses", "n_table", "n_memories", "n_chunks"])
 def versions_kernel(
     codes,  # (E,) ascending
     order,  # (E,) int64
@@ -82,7 +115,6 @@ def versions_kernel(
     n_table,
     n_memories,
     n_chunks,
-    n_steps,
     BLOCK: tl.constexpr,
 ):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -92,13 +124,13 @@ def versions_kernel(
     weight = tl.load(weights + access, exists, 0.0)
     row = code // n_chunks
     rate = tl.load(scale + code % n_chunks * n_memories + row // n_table, exists, 0.0)
-    first = first_from(codes, code, tl.zeros_like(place), tl.where(exists, place, 0), n_steps)
-    end = first_from(codes, code + 1, tl.where(exists, place, n_accesses), tl.zeros_like(place) + n_accesses, n_steps)
+    first = run_start(codes, place, code, exists)
+    end = run_end(codes, place, code, exists, n_accesses)
     n_group = end - first
     has_earlier = exists & (first > 0)
     earlier = tl.load(codes + first - 1, has_earlier, 0)
     has_earlier = has_earlier & (earlier // n_chunks == row)
-    earlier_first = first_from(codes, earlier, tl.zeros_like(place), tl.where(has_earlier, first, 0), n_steps)
+    earlier_first = run_start(codes, first - 1, earlier, has_earlier)
     has_later = exists & (end < n_accesses)
     has_later = has_later & (tl.load(codes + end, has_later, 0) // n_chunks == row)
     rate = rate / tl.maximum(n_group, 1).to(rate.dtype)
@@ -132,7 +164,6 @@ def find_versions(slots: Tensor, weights: Tensor, scale: Tensor, n_slots: int, c
         versions_kernel,
         grid,
         *(codes, order, weights, scale, *numbers, *shares, n_accesses, n_slots, n_memories, n_chunks),
-        n_accesses.bit_length(),
         BLOCK=block,
         num_warps=4,
     )

@@ -14,8 +14,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TARGET = GPUTarget("cuda", 90, 32)
-TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8"}
-TYPES[torch.bool] = "*i1"
+TYPES = {
+    torch.bool: "*i1",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+}
 
 
 class Recorder:
@@ -94,10 +101,11 @@ def launch_all(heads: int, top_k: int, n: int, key_dim: int, value_dim: int, sco
     listed, joint = real(*tokens, heads, 2, top_k), real(*tokens, reads)
     indices, pairs = whole(*listed.shape, dtype=torch.int32), whole(*joint.shape, dtype=torch.int32)
     slots, each = whole(*joint.shape), real(*tokens)
-    mean, kept = real(8, 1, 2, n), real(n_accesses, value_dim)
-    key_chain.key_chain(q, keys, indices, listed, listed, mean, 512, score, 1.0, address_weight)
+    mean, totals, kept = real(8, 1, 2, n), real(8, 1, heads, 2, n), real(n_accesses, value_dim)
+    key_chain.key_chain(q, keys, indices, listed, listed, mean, totals, 512, score, 1.0, address_weight)
     key_chain_backward.key_chain_backward(
-        q, keys, keys[0], indices, listed, listed, listed, mean, q, 512, score, 1.0, address_weight, needs_keys=True
+        q, keys, keys[0], indices, listed, listed, listed, mean, totals, q, 512, score, 1.0, address_weight,
+        needs_keys=True,
     )  # fmt: skip
     address.combine(indices, listed, pairs, slots, joint, n, score, 1.0)
     # With the smallest sizes the variants for a prefill and for tables that go on.

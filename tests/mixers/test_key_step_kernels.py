@@ -1,4 +1,4 @@
-"""The chain of the keys with lists longer than a tile, against dense sums in float64."""
+"""The chain of the keys against dense sums in float64: tiles in parts, a sub-key listed by all, rows of all sizes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ def test_long_lists(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from mixers.kernels.key_step import ENTROPY_EPS, StepTiles
     from mixers.product_keys import IDW_EPS
 
-    # Tiles smaller than what they are used for: several lists, queries and accesses one after the other.
-    monkeypatch.setattr(key_chain, "list_tile_sizes", lambda n_queries: (4, 16))
-    monkeypatch.setattr(key_chain, "step_tiles", lambda half_dim, n_subkeys: StepTiles(2, 4, 2, 2, 2))
+    # Tiles smaller than what they are used for: several sub-keys, queries and elements one after the other.
+    monkeypatch.setattr(key_chain, "step_tiles", lambda *sizes: StepTiles(2, 4, 4, 8, 2, 2, 4, 1, 32))
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -34,8 +33,9 @@ def test_long_lists(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = (1, n_rows, n_tokens, heads, 2, k)
     indices = torch.zeros(listed, dtype=torch.int32, device=DEVICE)
     measures, probabilities, mean = q.new_empty(listed), q.new_empty(listed), q.new_empty(2, 1, 2, n)
+    totals = q.new_empty(2, 1, heads, 2, n)
     lr, weight = 0.7, 0.3
-    key_chain.key_chain(q, keys, indices, measures, probabilities, mean, n_chunk, score, lr, weight)
+    key_chain.key_chain(q, keys, indices, measures, probabilities, mean, totals, n_chunk, score, lr, weight)
 
     halves = q.view(1, n_rows, n_tokens, heads, 2, 3)
     for chunk, inside in enumerate((slice(0, 10), slice(10, 12))):
@@ -53,3 +53,52 @@ def test_long_lists(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (used - mean[chunk]).abs().max().item() <= 1e-12
         (weight * (used * (used + ENTROPY_EPS).log()).sum()).backward()
         assert (now - lr * now.grad - keys[chunk + 1]).abs().max().item() <= 1e-12
+
+
+@pytest.mark.parametrize("exponent", [-70, 0, 70])
+def test_float32_products_of_parts(exponent: int) -> None:
+    from mixers.kernels.key_chain import key_chain
+
+    generator = torch.Generator().manual_seed(2)
+    n_tokens, n, k = 20, 40, 3
+    q = torch.randn(1, 1, n_tokens, 1, 96, generator=generator, dtype=torch.float64)
+    # Within a row from 1e-9 to 1; whole rows by powers of two, which change no digit.
+    q *= 10.0 ** -torch.randint(0, 10, q.shape, generator=generator)
+    q *= 2.0 ** (exponent + torch.arange(n_tokens) % 5).view(-1, 1, 1)
+    keys = torch.randn(1, 1, 1, 2, n, 48, generator=generator, dtype=torch.float64)
+    q, keys = q.float().to(DEVICE), keys.float().to(DEVICE)
+    listed = (1, 1, n_tokens, 1, 2, k)
+    indices = torch.zeros(listed, dtype=torch.int32, device=DEVICE)
+    measures, probabilities, none = q.new_empty(listed), q.new_empty(listed), q.new_empty(0)
+    key_chain(q, keys, indices, measures, probabilities, none, none, n_tokens, "dot", 1.0, 0.0)
+
+    halves, table = q.double().view(n_tokens, 2, 48), keys[0, 0, 0].double()
+    exact = torch.einsum("tbd,bnd->tbn", halves, table)
+    size = halves.norm(dim=-1)[..., None] * table.norm(dim=-1)
+    error = (measures[0, 0, :, 0] - exact.gather(-1, indices[0, 0, :, 0].long())).abs()
+    assert (error <= 2**-21 * size.gather(-1, indices[0, 0, :, 0].long())).all()
+    # None that was left out is better by more than the error.
+    assert (exact.topk(k).values - exact.gather(-1, indices[0, 0, :, 0].long())).abs().max() <= 2**-20 * size.max()
+
+
+def test_far_and_near_distances_in_float32() -> None:
+    from mixers.kernels.key_chain import key_chain
+
+    generator = torch.Generator().manual_seed(3)
+    n_tokens, n, k = 24, 40, 3
+    keys = torch.randn(1, 1, 1, 2, n, 24, generator=generator)
+    q = torch.randn(1, 1, n_tokens, 1, 48, generator=generator)
+    # The second half of the queries lie on keys, up to a thousandth: the difference of the squares would lose it.
+    q[0, 0, 12:, 0] = keys[0, 0, 0, :, 12:24].transpose(0, 1).reshape(12, 48) * 1.001
+    q, keys = q.to(DEVICE), keys.to(DEVICE)
+    listed = (1, 1, n_tokens, 1, 2, k)
+    indices = torch.zeros(listed, dtype=torch.int32, device=DEVICE)
+    measures, probabilities, none = q.new_empty(listed), q.new_empty(listed), q.new_empty(0)
+    key_chain(q, keys, indices, measures, probabilities, none, none, n_tokens, "idw", 1.0, 0.0)
+
+    halves, table = q.double().view(n_tokens, 2, 24), keys[0, 0, 0].double()
+    exact = (halves.unsqueeze(2) - table).square().sum(-1)
+    want = exact.topk(k, largest=False)
+    assert torch.equal(want.indices.int(), indices[0, 0, :, 0])
+    assert (want.values[:12] > 0.5 * halves[:12].square().sum(-1, keepdim=True)).any()
+    assert ((measures[0, 0, :, 0] - want.values).abs() <= 2e-6 * want.values).all()
