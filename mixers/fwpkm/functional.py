@@ -313,23 +313,22 @@ def resolve_impl(impl: str, options: ChunkOptions) -> str:
     """The implementation that ``impl`` stands for on a CPU: ``reference`` or ``sparse``.
 
     ``auto`` takes ``sparse`` wherever the options have a sparse form. Time of ``reference`` over that of ``sparse``,
-    forward / forward and backward (the whole layer, K = V but 64 for V = 48, H = 1, float32, one thread of an EPYC that
-    others used too, smallest CPU time of 9 interleaved repeats):
+    forward / forward and backward (the whole layer, 128 tokens, K = V, H = 1, k = 8, float32, one thread of an EPYC
+    that others used too; medians of the processor times of 24 calls, the two in turn):
 
-        B   T    n    V    C   k    scope sequence   scope shared
-        64  64   10   48   8   4    1.10 / 1.37      1.15 / 1.28
-        64  128  32   64   16  8    1.74 / 2.40      1.37 / 1.59
-        8   128  32   64   16  8    1.25 / 1.53      1.10 / 1.21
-        1   128  32   64   16  8    1.21 / 1.19      1.10 / 1.13
-        64  128  32   64   64  8    1.46 / 1.94      1.22 / 1.31
-        8   128  32   64   64  8    1.03 / 1.15      1.01 / 1.07
-        1   128  32   64   64  8    0.85 / 0.87      0.88 / 0.90
-        16  128  64   128  64  8    3.83 / 3.34      1.19 / 1.41
-        2   128  128  64   16  8    1.95 / 5.60      1.69 / 2.72
+        B   n    V    C    scope sequence   scope shared
+        64  32   64   16   2.33 / 2.28      2.01 / 1.49
+        8   32   64   16   1.74 / 1.64
+        2   32   64   16   1.39 / 1.40
+        64  32   64   64   2.13 / 1.93      1.80 / 1.66
+        8   32   64   64   1.41 / 1.42
+        2   32   64   64   1.14 / 1.02
+        8   32   128  64   2.22 / 1.33
+        2   64   64   64   1.65 / 1.21
 
-    So ``sparse`` loses only where one or two sequences come as no more than two chunks: there its plan of the rows
-    costs as much as the reference's passes over a small table. A rule for that would have to go by B and T, and would
-    give the calls of one run to different implementations.
+    By the smallest times the two are level at B = 2, n = 32, C = 64 (0.94 / 0.98): a call of two chunks, where the plan
+    of the rows costs as much as passes over a small table. So ``auto`` needs no rule by B and T, which would give the
+    calls of one run to different implementations.
     """
     require_impl(impl)
     if impl != "auto":

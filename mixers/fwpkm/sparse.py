@@ -197,8 +197,9 @@ class _SparseChunks(torch.autograd.Function):
                     now = key_step(halves, addresses[i], uses[i], found, options)
                 for block in blocks(plan, span, row_bytes):
                     table.add(plan, block, row_changes(error, shares, plan, block, options.lr, options.clip))
-            if options.address_weight:
-                entropy = entropy + sum(neg_entropy(use.mean) for use in uses if use is not None)
+            means = [use.mean for use in uses if use is not None]
+            if options.address_weight and means:
+                entropy = entropy + neg_entropy(torch.stack(means))
             slots += [choice.slots for choice in choices]
             weights += [choice.weights for choice in choices]
             all_spans.append(spans)

@@ -190,8 +190,9 @@ def _forward(
     mean = (q.new_empty if o.address_weight else q.new_zeros)(n_chunks, n_memories, 2, n_subkeys)
     totals = q.new_empty(n_kept_keys - 1, *keys.shape[:-1])
     key_chain(
-        q, all_keys, indices, measures, probabilities, mean, totals, o.chunk_size, o.score, o.lr, o.address_weight
-    )
+        q, all_keys, indices, measures, probabilities, mean, totals, o.chunk_size, o.score, o.lr, o.address_weight,
+        goes_on=goes_on,
+    )  # fmt: skip
     combine(indices, measures, pairs, slots, weights, n_subkeys, o.score, o.temperature)
     accesses = find_versions(slots, weights, _scale(q, mask, o), n_slots, o.chunk_size)
     if keep or slots.numel() <= n_memories * n_slots:
@@ -359,9 +360,10 @@ def _backward(
 
     # A'. Derivative of the keys after each chunk; the last chunk's step matters only to the keys that go on.
     d_q = torch.empty_like(q)
+    given = d_keys is not None
     d_keys = q.new_zeros(keys_shape) if d_keys is None else d_keys.clone(memory_format=torch.contiguous_format)
     key_chain_backward(
         q, kept.keys, d_keys, kept.indices, kept.measures, kept.probabilities, d_half, kept.mean, kept.totals, d_q,
-        o.chunk_size, o.score, o.lr, o.address_weight, needs_keys=needs_keys,
+        o.chunk_size, o.score, o.lr, o.address_weight, needs_keys=needs_keys, given=given,
     )  # fmt: skip
     return d_q, d_v, d_gate, d_keys if needs_keys else None, d_table if needs_values else None

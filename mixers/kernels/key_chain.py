@@ -24,7 +24,9 @@ from mixers.kernels.select import n_rank_tiles, rank_tile, rank_tile_sizes
 from mixers.product_keys import IDW_EPS
 
 
-@triton.jit(do_not_specialize=["n_memories", "n_rows", "n_tokens", "chunk_size", "n_chunks", "n_most", "n_most_each"])
+@triton.jit(
+    do_not_specialize=["n_memories", "n_rows", "n_tokens", "chunk_size", "n_chunks", "n_most", "n_most_each", "n_steps"]
+)
 def key_chain_kernel(
     q,  # (M,R,T,H,K)
     keys,  # in and out (n_chunks + 1,M,H,2,n,K/2), or (1,M,H,2,n,K/2) if not KEEP
@@ -56,6 +58,7 @@ def key_chain_kernel(
     n_chunks,
     n_most,
     n_most_each,
+    n_steps,
     HEADS: tl.constexpr,
     SUBKEYS: tl.constexpr,
     HALF: tl.constexpr,
@@ -143,9 +146,8 @@ def key_chain_kernel(
 
         if STEP:
             my_room = program * n_most_each * TOP_K
-            for tile in range(
-                program, n_pull_tiles(n_memories, HEADS, SUBKEYS, HALF, SPLITS, PULL_U, PULL_D), n_together
-            ):
+            n_pulls = n_pull_tiles(n_memories, HEADS, SUBKEYS, HALF, SPLITS, PULL_U, PULL_D)
+            for tile in range(program, tl.where(chunk < n_steps, n_pulls, 0), n_together):
                 pull_tile(
                     tile, room + my_room, index_room + my_room, parts, units, indices, measures, probabilities, used,
                     use_scale, probabilities, pulls, totals, lr, address_weight, n_queries * HEADS, n_memories,
@@ -159,7 +161,8 @@ def key_chain_kernel(
             then = now
             if KEEP:
                 then = now + n_memories.to(tl.int64) * (2 * HEADS * SUBKEYS * HALF)
-            for tile in range(program, tl.cdiv(n_key_rows, MOVE_U), n_together):
+            n_moves = tl.where(chunk < n_steps, tl.cdiv(n_key_rows, MOVE_U), 0)
+            for tile in range(program, n_moves, n_together):
                 move_subkeys(
                     tile * MOVE_U + tl.arange(0, MOVE_U), now, then, pulls, totals, kept_totals + chunk * n_key_rows,
                     used, use_scale, mean + chunk * n_memories * (2 * SUBKEYS), key_parts, key_units, key_squares,
@@ -183,11 +186,14 @@ def key_chain(
     score: str,
     lr: float,
     address_weight: float,
+    *,
+    goes_on: bool = True,
 ) -> None:
     """Choose the k sub-keys of each half for all tokens of a call, and move the keys after each chunk.
 
     keys (n_chunks + 1,M,H,2,n,K/2), of which keys[0] is given and keys[c + 1] are those after chunk c; or (1,...),
-    moved in place. ``totals`` (n_chunks,M,H,2,n) is written with more than one of them, for the backward. With
+    moved in place. ``totals`` (n_chunks,M,H,2,n) is written with more than one of them, for the backward. Unless the
+    memory ``goes_on``, the last chunk does not move them, and its ``mean`` and ``totals`` are not written. With
     ``address_weight`` 0 they stand still, keys is (1,...) and neither ``mean`` nor ``totals`` is written.
 
     For what a chunk does see :func:`rank_tile`, :func:`address_rows`, :func:`pull_tile` and :func:`move_subkeys`: four
@@ -224,7 +230,7 @@ def key_chain(
         *(q_parts, q_units, torch.empty_like(q_units), key_parts, key_units, torch.empty_like(key_units)),
         *(q.new_empty(n_rooms), indices.new_empty(n_rooms), q.new_empty(n_pulls * half_dim), q.new_empty(n_pulls)),
         *(arrived, float(lr), float(address_weight), use_unit(n_most * n_heads)),
-        *(n_memories, n_rows, n_tokens, chunk_size, n_chunks, n_most, n_each),
+        *(n_memories, n_rows, n_tokens, chunk_size, n_chunks, n_most, n_each, n_chunks if goes_on else n_chunks - 1),
         HEADS=n_heads,
         SUBKEYS=n_subkeys,
         HALF=half_dim,

@@ -28,6 +28,7 @@ from mixers.product_keys import IDW_EPS
         "n_most",
         "n_most_each",
         "last_step",
+        "n_steps",
     ]
 )
 def key_chain_backward_kernel(
@@ -63,6 +64,7 @@ def key_chain_backward_kernel(
     n_most,
     n_most_each,
     last_step,
+    n_steps,
     HEADS: tl.constexpr,
     SUBKEYS: tl.constexpr,
     HALF: tl.constexpr,
@@ -115,10 +117,13 @@ def key_chain_backward_kernel(
         n_tiles = n_row_tiles(n_memories, n_rows, n_chunk, HEADS, ROWS)
         used = mean
         now = keys
+        # All tiles or none.
+        n_stepped = n_tiles * 0
         if STEP:
             used = mean + chunk * n_memories * (2 * SUBKEYS)
             now = keys + chunk * n_key_rows.to(tl.int64) * HALF
-            for tile in range(program, n_tiles, n_together):
+            n_stepped = tl.where(chunk < n_steps, n_tiles, 0)
+            for tile in range(program, n_stepped, n_together):
                 direction_rows(
                     tile, q, d_keys, key_dots, indices, measures, probabilities, directions, tangents,
                     n_rows, n_chunk, n_tokens, start, HEADS, SUBKEYS, HALF, TOP_K,
@@ -135,7 +140,8 @@ def key_chain_backward_kernel(
         meet(arrived, n_meetings, TIMED)
 
         if STEP:
-            for tile in range(program, n_use_tiles(n_memories, SUBKEYS, USE_SPLITS, USE_U), n_together):
+            n_uses = n_use_tiles(n_memories, SUBKEYS, USE_SPLITS, USE_U)
+            for tile in range(program, tl.where(chunk < n_steps, n_uses, 0), n_together):
                 sum_uses(
                     tile, indices, tangents, tangent_sums, n_memories, n_rows, n_chunk, n_tokens, start,
                     HEADS, SUBKEYS, TOP_K, USE_SPLITS, USE_U, USE_Q, BLOCK_K,
@@ -143,13 +149,20 @@ def key_chain_backward_kernel(
             n_meetings += 1
             meet(arrived, n_meetings, TIMED)
 
-        for tile in range(program, n_tiles, n_together):
+        if STEP:
+            for tile in range(program, n_stepped, n_together):
+                gradient_rows(
+                    tile, q, now, d_keys, indices, measures, probabilities, directions, tangents, d_half, used,
+                    tangent_sums, d_q, coefficients, lr, address_weight, n_queries * HEADS, n_memories,
+                    n_rows, n_chunk, n_tokens, start,
+                    HEADS, SUBKEYS, HALF, TOP_K, IDW, IDW_EPS, ENTROPY_EPS, True, USE_SPLITS, ROWS, ROW_D, BLOCK_K,
+                )  # fmt: skip
+        for tile in range(program, n_tiles - n_stepped, n_together):
             gradient_rows(
                 tile, q, now, d_keys, indices, measures, probabilities, directions, tangents, d_half, used,
                 tangent_sums, d_q, coefficients, lr, address_weight, n_queries * HEADS, n_memories,
                 n_rows, n_chunk, n_tokens, start,
-                HEADS, SUBKEYS, HALF, TOP_K, IDW, IDW_EPS, ENTROPY_EPS, STEP, USE_SPLITS, ROWS, ROW_D,
-                BLOCK_K,
+                HEADS, SUBKEYS, HALF, TOP_K, IDW, IDW_EPS, ENTROPY_EPS, False, USE_SPLITS, ROWS, ROW_D, BLOCK_K,
             )  # fmt: skip
         n_meetings += 1
         meet(arrived, n_meetings, TIMED)
@@ -174,7 +187,7 @@ def key_chain_backward_kernel(
             for tile in range(program, tl.cdiv(n_key_rows, MOVE_U), n_together):
                 move_derivatives(
                     tile * MOVE_U + tl.arange(0, MOVE_U), d_keys, now, before, pulls, totals,
-                    kept_totals + chunk * n_key_rows, key_dots, n_memories,
+                    kept_totals + chunk * n_key_rows, key_dots, chunk, n_steps, n_memories,
                     HEADS, SUBKEYS, HALF, IDW, STEP, SPLITS, MOVE_E, MOVE_D,
                 )  # fmt: skip
             n_meetings += 1
@@ -198,11 +211,13 @@ def key_chain_backward(
     address_weight: float,
     *,
     needs_keys: bool,
+    given: bool = True,
 ) -> None:
     """d_q (M,R,T,H,K) from the derivatives ``d_half`` (M,R,T,H,2,k) of the half scores and ``d_keys`` of the last keys.
 
     ``d_keys`` (M,H,2,n,K/2) is carried back from chunk to chunk in place: to the keys before the first, if
-    ``needs_keys``. The other tensors: as :func:`mixers.kernels.key_chain.key_chain` used and left them.
+    ``needs_keys``. If it is not ``given`` it is zero, and the last chunk's step has no part in anything. The other
+    tensors: as :func:`mixers.kernels.key_chain.key_chain` used and left them.
 
     For what a chunk does see :func:`direction_rows`, :func:`sum_uses`, :func:`gradient_rows`, :func:`pull_tile` and
     :func:`move_derivatives`: five steps that wait for one another.
@@ -232,7 +247,8 @@ def key_chain_backward(
         *new_parts(q, n_tables * n_most, half_dim),
         *(q.new_empty(n_rooms), indices.new_empty(n_rooms), q.new_empty(n_pulls * half_dim), q.new_empty(n_pulls)),
         *(arrived, float(lr), float(address_weight)),
-        *(n_memories, n_rows, n_tokens, chunk_size, n_chunks, n_most, tiles.n_each(n_most), 0 if needs_keys else 1),
+        *(n_memories, n_rows, n_tokens, chunk_size, n_chunks, n_most, tiles.n_each(n_most)),
+        *(0 if needs_keys else 1, n_chunks if given else n_chunks - 1),
         HEADS=n_heads,
         SUBKEYS=n_subkeys,
         HALF=half_dim,

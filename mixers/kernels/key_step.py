@@ -216,15 +216,16 @@ def split_keys(
 
 @triton.jit
 def move_derivatives(
-    row, d_keys, keys, keys_before, pulls, totals, kept_totals, key_dots, n_memories,
+    row, d_keys, keys, keys_before, pulls, totals, kept_totals, key_dots, chunk, n_steps, n_memories,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, IDW: tl.constexpr, STEP: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """d_keys (M,H,2,n,K/2) of sub-keys ``row``, of the keys after a chunk, becomes that of the keys before, G.
 
     With the coefficients x of :func:`mixers.kernels.key_backward.gradient_rows`, idw: G_i = G_i (1 + Y_i) + key_i sum_t
-    x_ti - sum_t x_ti q_t, where Y_i are the ``kept_totals`` of :func:`move_subkeys` if STEP, else 0; dot: G_i + sum_t
-    x_ti q_t. ``key_dots`` (M,H,2,n) receives <key_i, G_i> for the chunk before, whose keys are ``keys_before``.
+    x_ti - sum_t x_ti q_t, where Y_i are the ``kept_totals`` of :func:`move_subkeys` if STEP and ``chunk`` <
+    ``n_steps``, else 0; dot: G_i + sum_t x_ti q_t. ``key_dots`` (M,H,2,n) receives <key_i, G_i> for the chunk before,
+    whose keys are ``keys_before``.
     """
     n_key_rows = n_memories * (2 * HEADS * SUBKEYS)
     exists = row < n_key_rows
@@ -236,7 +237,8 @@ def move_derivatives(
     pulled, total = pulled_rows(row, exists, pulls, totals, n_key_rows, HALF, IDW, SPLITS, BLOCK_E, BLOCK_D)
     if IDW:
         if STEP:
-            later += tl.load(kept_totals + row, exists, 0.0)[:, None] * later
+            stepped = exists & (row * 0 + chunk < n_steps)
+            later += tl.load(kept_totals + row, stepped, 0.0)[:, None] * later
         later += total[:, None] * tl.load(keys + at, inside, 0.0) - pulled
     else:
         later += pulled
