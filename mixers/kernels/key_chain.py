@@ -210,7 +210,9 @@ def key_chain(
     step = address_weight != 0
     block_n, block_k = triton.next_power_of_2(n_subkeys), triton.next_power_of_2(top_k)
     programs = n_programs(q, PROGRAMS)
-    rank_s, rank_n, rank_d, rank_stages = rank_tile_sizes(n_subkeys, half_dim, shared_bytes(q, PROGRAMS))
+    rank_s, rank_n, rank_d, rank_stages = rank_tile_sizes(
+        n_tables, n_most, n_subkeys, half_dim, programs, shared_bytes(q, PROGRAMS)
+    )
     n_chunk_rows = min(chunk_size, n_tokens) * n_heads * 2
     tiles = step_tiles(n_tables, n_subkeys, half_dim, top_k, n_most, programs)
     n_each = tiles.n_each(n_most)

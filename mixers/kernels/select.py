@@ -63,10 +63,15 @@ def n_rank_tiles(
     return n_memories * (2 * HEADS) * tl.cdiv(n_queries, BLOCK_S) * ((SUBKEYS + BLOCK_N - 1) // BLOCK_N)
 
 
-def rank_tile_sizes(n_subkeys: int, half_dim: int, shared_bytes: int) -> tuple[int, int, int, int]:
+def rank_tile_sizes(
+    n_tables: int, n_queries: int, n_subkeys: int, half_dim: int, programs: int, shared_bytes: int
+) -> tuple[int, int, int, int]:
     """Queries, sub-keys and elements of a tile, and how many steps a program loads ahead: up to 3, as far as its shared
-    memory reaches, 8 KB of which other work takes."""
+    memory reaches, 8 KB of which other work takes. ``n_queries`` of a chunk in each of ``n_tables``."""
     block_s, block_n = (64, 64) if n_subkeys > 32 else (32, max(16, triton.next_power_of_2(n_subkeys)))
+    if block_n == 64 and n_tables * triton.cdiv(n_queries, block_s) * triton.cdiv(n_subkeys, block_n) < programs:
+        # Else some programs have none.
+        block_n = 32
     block_d = 64 if part_width(half_dim) % 64 == 0 else 32
     n_steps = (shared_bytes - 8192) // (2 * 2 * (block_s + block_n) * block_d)
     return block_s, block_n, block_d, max(1, min(3, n_steps))
