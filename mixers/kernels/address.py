@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mixers.kernels.launch import launch
 from mixers.kernels.parts import write_parts
-from mixers.kernels.select import choose_best, choose_best_of_parts, from_order, in_order, without
+from mixers.kernels.select import choose_best, choose_best_of_parts, from_order, in_order, order_in_parts
 from mixers.product_keys import IDW_EPS
 
 
@@ -76,10 +76,8 @@ def address_rows(
     row, q_row, exists, memory, half_head = half_queries(tile, n_rows, n_chunk, n_tokens, start, HEADS, ROWS)
     WIDE: tl.constexpr = min(BLOCK_N, 128)
     place = tl.arange(0, 32)
-    subkey = (tl.arange(0, BLOCK_N // WIDE) * WIDE)[:, None] + tl.arange(0, WIDE)[None, :]
-    real = exists[:, None, None] & (subkey < SUBKEYS)[None, :, :]
-    rank = tl.load(ranks + row.to(tl.int64)[:, None, None] * SUBKEYS + subkey[None, :, :], real, 0.0)
-    order = without(in_order(rank), tl.broadcast_to((subkey >= SUBKEYS)[None, :, :], rank.shape))
+    order = order_in_parts(ranks, row, exists, SUBKEYS, WIDE, BLOCK_N // WIDE)
+    subkey = tl.arange(0, WIDE)[:, None] + (tl.arange(0, BLOCK_N // WIDE) * WIDE)[None, :]
     found, index = choose_best_of_parts(order, subkey, TOP_K)
     # From here on the first k of 32 columns, one a thread, are used.
     listed = exists[:, None] & (place < TOP_K)[None, :]

@@ -106,20 +106,27 @@ def gradient_rows(
         coefficient = 2 * coefficient
     tl.store(coefficients + entry, coefficient, listed)
 
-    key_row = (memory * (2 * HEADS) + half_head).to(tl.int64)[:, None] * SUBKEYS + index
+    # Sub-keys' rows by place, then half query: a thread holds what one half query needs of all places.
+    flat = tl.arange(0, BLOCK_K * ROWS)
+    flat_row = tl.min(q_row, axis=0) + flat % ROWS
+    flat_listed = (flat % ROWS < tl.sum(exists.to(tl.int32), axis=0)) & (flat // ROWS < TOP_K)
+    flat_index = tl.load(indices + flat_row * TOP_K + flat // ROWS, flat_listed, 0)
+    key_row = (memory * (2 * HEADS) + flat_row % (2 * HEADS)) * SUBKEYS + flat_index
+    coefficient = tl.trans(coefficient)
+    later_coefficient = tl.trans(later_coefficient)
     for first in range(0, HALF, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         q_inside = exists[:, None] & (d < HALF)[None, :]
-        inside = listed[:, :, None] & (d < HALF)[None, None, :]
-        offset = key_row[:, :, None] * HALF + d[None, None, :]
-        key_tile = tl.load(keys + offset, inside, 0.0)
+        inside = flat_listed[:, None] & (d < HALF)[None, :]
+        offset = key_row[:, None] * HALF + d[None, :]
+        key_tile = tl.reshape(tl.load(keys + offset, inside, 0.0), (BLOCK_K, ROWS, BLOCK_D))
         if IDW:
             q_tile = tl.load(q + q_row[:, None] * HALF + d[None, :], q_inside, 0.0)
-            gradient = tl.sum(coefficient[:, :, None] * (q_tile[:, None, :] - key_tile), axis=1)
+            gradient = tl.sum(coefficient[:, :, None] * (q_tile[None, :, :] - key_tile), axis=0)
         else:
-            gradient = tl.sum(coefficient[:, :, None] * key_tile, axis=1)
+            gradient = tl.sum(coefficient[:, :, None] * key_tile, axis=0)
         if STEP:
-            later_tile = tl.load(later + offset, inside, 0.0)
-            moved = tl.sum(later_coefficient[:, :, None] * later_tile, axis=1)
+            later_tile = tl.reshape(tl.load(later + offset, inside, 0.0), (BLOCK_K, ROWS, BLOCK_D))
+            moved = tl.sum(later_coefficient[:, :, None] * later_tile, axis=0)
             gradient = gradient - moved if IDW else gradient + moved
         tl.store(d_q + q_row[:, None] * HALF + d[None, :], gradient, q_inside)

@@ -152,21 +152,26 @@ def n_pull_tiles(
 
 @triton.jit
 def pulled_rows(
-    row, exists, pulls, totals, n_key_rows,
+    row, pulls, totals, n_key_rows,
     HALF: tl.constexpr, IDW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Of sub-keys ``row``: the sums of :func:`pull_tile` over all queries, (rows, BLOCK_D) and (rows,)."""
+    """Of neighbouring sub-keys ``row``: the sums of :func:`pull_tile` over all queries, (rows, BLOCK_D) and (rows,)."""
     d = tl.arange(0, BLOCK_D)
     pulled = tl.zeros((row.shape[0], BLOCK_D), dtype=pulls.dtype.element_ty)
     total = tl.zeros((row.shape[0],), dtype=pulls.dtype.element_ty)
+    # By part, then sub-key: a thread holds what it adds up.
+    ROWS: tl.constexpr = row.shape[0]
+    flat = tl.arange(0, BLOCK_E * ROWS)
+    flat_row = tl.min(row, axis=0) + flat % ROWS
     for first in tl.static_range(0, SPLITS, BLOCK_E):
-        split = first + tl.arange(0, BLOCK_E)
-        at = split.to(tl.int64)[None, :] * n_key_rows + row[:, None]
-        there = exists[:, None] & (split < SPLITS)[None, :]
-        inside = there[:, :, None] & (d < HALF)[None, None, :]
-        pulled += tl.sum(tl.load(pulls + at[:, :, None] * HALF + d[None, None, :], inside, 0.0), axis=1)
+        split = first + flat // ROWS
+        at = split.to(tl.int64) * n_key_rows + flat_row
+        there = (flat_row < n_key_rows) & (split < SPLITS)
+        inside = there[:, None] & (d < HALF)[None, :]
+        tile = tl.load(pulls + at[:, None] * HALF + d[None, :], inside, 0.0)
+        pulled += tl.sum(tl.reshape(tile, (BLOCK_E, ROWS, BLOCK_D)), axis=0)
         if IDW:
-            total += tl.sum(tl.load(totals + at, there, 0.0), axis=1)
+            total += tl.sum(tl.reshape(tl.load(totals + at, there, 0.0), (BLOCK_E, ROWS)), axis=0)
     return pulled, total
 
 
@@ -189,7 +194,7 @@ def move_subkeys(
     at = row.to(tl.int64)[:, None] * HALF + d[None, :]
     inside = exists[:, None] & (d < HALF)[None, :]
     key = tl.load(keys + at, inside, 0.0)
-    pulled, total = pulled_rows(row, exists, pulls, totals, n_key_rows, HALF, IDW, SPLITS, BLOCK_E, BLOCK_D)
+    pulled, total = pulled_rows(row, pulls, totals, n_key_rows, HALF, IDW, SPLITS, BLOCK_E, BLOCK_D)
     if IDW:
         key = key + total[:, None] * key - pulled
         if KEEP:
@@ -234,7 +239,7 @@ def move_derivatives(
     inside = exists[:, None] & (d < HALF)[None, :]
     later = tl.load(d_keys + at, inside, 0.0)
     before = tl.load(keys_before + at, inside, 0.0)
-    pulled, total = pulled_rows(row, exists, pulls, totals, n_key_rows, HALF, IDW, SPLITS, BLOCK_E, BLOCK_D)
+    pulled, total = pulled_rows(row, pulls, totals, n_key_rows, HALF, IDW, SPLITS, BLOCK_E, BLOCK_D)
     if IDW:
         if STEP:
             stepped = exists & (row * 0 + chunk < n_steps)

@@ -128,20 +128,52 @@ def choose_best(order, real, COUNT: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def choose_best_of_parts(order, column, COUNT: tl.constexpr):
-    """As :func:`choose_best`, of rows in parts (rows, parts, columns of a part): the largest and where they are.
+def order_of_part(x, row, exists, part, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """:func:`in_order` of columns part * WIDTH and on of the given rows of x (., COLUMNS)."""
+    column = part * WIDTH + tl.arange(0, WIDTH)
+    real = column < COLUMNS
+    at = row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
+    order = in_order(tl.load(x + at, exists[:, None] & real[None, :], 0.0))
+    return without(order, tl.broadcast_to((real == 0)[None, :], order.shape))
 
-    A part is as wide as the threads of one warp reach, and a thread holds its columns of all parts: no maximum waits
-    for another warp. ``column`` (parts, columns of a part): their numbers. Both results (rows, 32), a column a thread,
-    of which the first COUNT count.
+
+@triton.jit
+def order_in_parts(x, row, exists, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """Rows of x (., COLUMNS) as integers of :func:`in_order`, (rows, WIDTH, PARTS): [r,i,p] is column p * WIDTH + i.
+
+    Put together of one tile for each part, so that a thread holds its columns of all parts, and a warp whole rows:
+    loaded as one tile, they lie so with some versions of the compiler only.
+    """
+    order = order_of_part(x, row, exists, 0, COLUMNS, WIDTH)
+    if PARTS >= 2:
+        # Of tensors joined twice the last axis is that of the outer join.
+        order = tl.join(order, order_of_part(x, row, exists, PARTS // 2, COLUMNS, WIDTH))
+    if PARTS >= 4:
+        first = order_of_part(x, row, exists, PARTS // 4, COLUMNS, WIDTH)
+        order = tl.join(order, tl.join(first, order_of_part(x, row, exists, 3 * PARTS // 4, COLUMNS, WIDTH)))
+    if PARTS >= 8:
+        first = order_of_part(x, row, exists, 1, COLUMNS, WIDTH)
+        first = tl.join(first, order_of_part(x, row, exists, 5, COLUMNS, WIDTH))
+        other = order_of_part(x, row, exists, 3, COLUMNS, WIDTH)
+        other = tl.join(other, order_of_part(x, row, exists, 7, COLUMNS, WIDTH))
+        order = tl.join(order, tl.join(first, other))
+    return tl.reshape(order, (row.shape[0], WIDTH, PARTS))
+
+
+@triton.jit
+def choose_best_of_parts(order, column, COUNT: tl.constexpr):
+    """As :func:`choose_best`, of rows from :func:`order_in_parts`: the largest and where they are.
+
+    No maximum waits for another warp. ``column`` (columns of a part, parts): their numbers. Both results (rows, 32), a
+    column a thread, of which the first COUNT count.
     """
     place = tl.arange(0, 32)
     found = tl.zeros((order.shape[0], 32), dtype=order.dtype)
     best = tl.zeros((order.shape[0], 32), dtype=tl.int32)
     for j in range(COUNT):
-        highest = tl.max(tl.max(order, axis=1), axis=1)
+        highest = tl.max(tl.max(order, axis=2), axis=1)
         is_top = order == highest[:, None, None]
-        top = tl.min(tl.min(tl.where(is_top, column[None, :, :], 0x7FFFFFFF), axis=1), axis=1)
+        top = tl.min(tl.min(tl.where(is_top, column[None, :, :], 0x7FFFFFFF), axis=2), axis=1)
         found = tl.where(place[None, :] == j, highest[:, None], found)
         best = tl.where(place[None, :] == j, top[:, None], best)
         order = without(order, column[None, :, :] == top[:, None, None])
