@@ -102,3 +102,18 @@ def test_far_and_near_distances_in_float32() -> None:
     assert torch.equal(want.indices.int(), indices[0, 0, :, 0])
     assert (want.values[:12] > 0.5 * halves[:12].square().sum(-1, keepdim=True)).any()
     assert ((measures[0, 0, :, 0] - want.values).abs() <= 2e-6 * want.values).all()
+
+
+@pytest.mark.parametrize(("columns", "parts"), [(100, 1), (150, 2), (300, 4), (700, 8)])
+def test_the_best_of_rows_in_parts(columns: int, parts: int) -> None:
+    """Best first, the lowest column of equal ones, in rows that one warp holds; the last row does not exist."""
+    from tests.mixers.best_of_rows import best_of_rows
+
+    generator = torch.Generator().manual_seed(columns)
+    x = torch.randint(-5, 6, (4, columns), generator=generator, dtype=torch.float32).to(DEVICE)
+    x[1] = torch.randn(columns, generator=generator).to(DEVICE)
+    found, best = (torch.empty(4, 32, device=DEVICE, dtype=dtype) for dtype in (torch.float32, torch.int32))
+    best_of_rows[(1,)](x, found, best, COLUMNS=columns, WIDTH=128, PARTS=parts, COUNT=6)
+    wanted = x[:3].sort(dim=1, descending=True, stable=True)
+    assert torch.equal(best[:3, :6].long(), wanted.indices[:, :6])
+    assert torch.equal(found[:3, :6], wanted.values[:, :6])
