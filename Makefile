@@ -48,15 +48,21 @@ format: $(VENV)/.ready-dev
 dashboard: $(VENV)/.ready
 	$(BIN)/mixlab dashboard
 
+# pip compiles with one core only: that is done afterwards, with all. Some packages come with files that are no Python
+# of this version, which is nothing to stop for.
+define INSTALL
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(TORCH) --editable "$(1)"
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib mixers experiments sweeps analysis mixlab.py || true
+endef
+
 $(VENV)/.ready: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(call INSTALL,.)
 	touch $@
 
-$(VENV)/.ready-dev: $(VENV)/.ready pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
-	touch $@
+$(VENV)/.ready-dev: pyproject.toml
+	$(call INSTALL,.[dev])
+	touch $(VENV)/.ready $@
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache build dist *.egg-info
