@@ -48,21 +48,19 @@ format: $(VENV)/.ready-dev
 dashboard: $(VENV)/.ready
 	$(BIN)/mixlab dashboard
 
-# pip compiles with one core only: that is done afterwards, with all. Some packages come with files that are no Python
-# of this version, which is nothing to stop for.
+# One call of pip for all that is needed: each looks at every package anew.
 define INSTALL
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(TORCH) --editable "$(1)"
-	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib mixers experiments sweeps analysis mixlab.py || true
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) --editable "$(1)"
+	touch $@
 endef
 
 $(VENV)/.ready: pyproject.toml
 	$(call INSTALL,.)
-	touch $@
 
 $(VENV)/.ready-dev: pyproject.toml
 	$(call INSTALL,.[dev])
-	touch $(VENV)/.ready $@
+	touch $(VENV)/.ready
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache build dist *.egg-info
