@@ -77,6 +77,7 @@ def launch_all(heads: int, top_k: int, n: int, key_dim: int, value_dim: int, sco
     """Every launcher of the fast-weight and the static memory, once."""
     from mixers.kernels import (
         address,
+        both_chains,
         key_chain,
         key_chain_backward,
         row_dots,
@@ -121,6 +122,16 @@ def launch_all(heads: int, top_k: int, n: int, key_dim: int, value_dim: int, sco
         joint if is_small else None, 1.0, row, each, listed, 512, 1, given=is_small, needs_table=is_small,
     )  # fmt: skip
     row_steps.last_rows(table, slots, kept, row, accesses, table)
+    # One sequence: short lists of queries, the values beside the keys.
+    (q, indices, listed, slots, joint, row, each), keys = (
+        [part[:, :1] for part in (q, indices, listed, slots, joint, row, each)],
+        keys[:1],
+    )
+    key_part = (q, keys, indices, listed, listed, mean, totals[:0], 512, score, 1.0, address_weight)
+    accesses = versions.find_versions(slots, joint, real(8, 1), n * n, 512)
+    value_part = (table, None, slots, joint, row, each, None, accesses, row, each, None, 512, 1)
+    key_chain.key_chain(*key_part)
+    both_chains.both_chains(key_part, value_part, goes_on=True)
     slots, joint, row = (part.flatten(1, 2) for part in (slots, joint, row))
     row_sums.row_sums(table, slots, joint, row)
     row_dots.row_dots(table, slots, row, joint)
@@ -130,6 +141,7 @@ def launch_all(heads: int, top_k: int, n: int, key_dim: int, value_dim: int, sco
 def main() -> None:
     for module in (
         "address",
+        "both_chains",
         "key_chain",
         "key_chain_backward",
         "row_dots",
