@@ -96,17 +96,25 @@ def best_halves(halves: Tensor, keys: Tensor, top_k: int, score: Score) -> Tenso
 
 
 @torch.no_grad()
-def best_subkeys(queries: Tensor, keys: Tensor, top_k: int, score: Score) -> torch.return_types.topk:
+def best_subkeys(
+    queries: Tensor, keys: Tensor, top_k: int, score: Score, key_squares: Tensor | None = None
+) -> torch.return_types.topk:
     """The k best of the sub-keys (A,n,K/2) for each query (A,S,K/2) of the same of A tables, best first: indices
     (A,S,k) int64, and values (A,S,k), what they are ranked by.
 
     idw ranks by <q,key> - |key|^2 / 2: |q|^2 is the same for all sub-keys of a query, and 2 does not change the order.
+    ``key_squares`` (A,n): the |key|^2, where they are known.
     """
+    coarse = torch.bmm(queries, keys.mT)
     if score == "idw":
-        coarse = torch.baddbmm(torch.linalg.vecdot(keys, keys).unsqueeze(1), queries, keys.mT, beta=-0.5)
-    else:
-        coarse = torch.bmm(queries, keys.mT)
+        squares = squared_norms(keys) if key_squares is None else key_squares
+        coarse.sub_(squares.unsqueeze(1), alpha=0.5)
     return coarse.topk(top_k, dim=-1)
+
+
+def squared_norms(rows: Tensor) -> Tensor:
+    """|row|^2: (...,W) -> (...)."""
+    return torch.linalg.vecdot(rows, rows)
 
 
 def best_pairs(half_scores: Tensor, half_indices: Tensor, n_subkeys: int) -> tuple[Tensor, Tensor, Tensor]:

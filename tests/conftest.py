@@ -1,4 +1,7 @@
-"""Tests marked ``cuda``: skipped without a device; ``--gpu-report FILE`` writes what they found as one page."""
+"""Tests marked ``cuda``: skipped without a device; ``--gpu-report FILE`` writes what they found as one page.
+
+With several processes (``--dist loadgroup``) tests are dealt out by tests/scheduling.py.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,8 +47,21 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     return result
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from tests.scheduling import Scheduling
+
+    return Scheduling(config, log)
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        from tests.scheduling import rank
+
+        items.sort(key=rank)
     for item in items:
         if not item.get_closest_marker("cuda"):
             continue

@@ -155,7 +155,7 @@ class _SparseChunks(torch.autograd.Function):
         n_met, row_bytes = codes.numel(), v.shape[-1] * v.element_size()
         read = room_for(v.shape, v)
         slots, weights, stages, all_spans = [], [], [], []
-        squared_error, entropy = q.new_zeros(()), q.new_zeros(())
+        squared_errors, entropy = [q.new_zeros(())], q.new_zeros(())
         for parts in call.stages:
             addresses, uses, old_rows = [], [], []
             for part, is_written in parts:
@@ -176,6 +176,8 @@ class _SparseChunks(torch.autograd.Function):
             all_a = torch.cat([choice.weights.flatten() for choice in choices])
             in_order = all_a.index_select(0, plan.order)
             shares = Shares(in_order, in_order * factors.index_select(0, plan.order))
+            n_writing = sum(is_written for _, is_written in parts)
+            all_blocks = blocks(plan, spans[:n_writing], shares.moves, row_bytes)
             for i, (part, is_written) in enumerate(parts):
                 span = spans[i]
                 old_rows.append(table.kept(plan, span) if keep else None)
@@ -184,10 +186,8 @@ class _SparseChunks(torch.autograd.Function):
                 if not is_written:
                     continue
                 n_met = span.new_stop
-                difference, weight = call.difference(on_tokens, part)
-                error = call.error(difference, weight, part)
-                writing = error.view(q.shape[0], -1, v.shape[-1])[:, : difference.shape[1]]
-                squared_error = squared_error + torch.dot(writing.flatten(), difference.flatten())
+                error, squared_error = call.error_in_place(on_tokens, part)
+                squared_errors.append(squared_error)
                 if options.value_loss_to_keys:
                     index = plan.places[span.entry : span.entry_stop].view(a[i].shape)
                     error_mean = error * call.loss_scale(part)
@@ -195,8 +195,8 @@ class _SparseChunks(torch.autograd.Function):
                     on_half = pairs_to_halves(on_pairs.unsqueeze(0), choices[0].pairs)[0]
                     uses[i] = use_of(addresses[i], call.n_memories, on_half, options)
                     now = key_step(halves, addresses[i], uses[i], found, options)
-                for block in blocks(plan, span, row_bytes):
-                    table.add(plan, block, row_changes(error, shares, plan, block, options.lr, options.clip))
+                for block in all_blocks[i]:
+                    table.add(block, row_changes(error, block, options.lr, options.clip))
             means = [use.mean for use in uses if use is not None]
             if options.address_weight and means:
                 entropy = entropy + neg_entropy(torch.stack(means))
@@ -207,7 +207,7 @@ class _SparseChunks(torch.autograd.Function):
                 stages.append(_Stage(plan, choices, all_a, factors, shares, addresses, uses, old_rows))
 
         slots_out, weights_out = call.join(slots, torch.int64), call.join(weights, q.dtype)
-        value_loss = 0.5 * squared_error / max(call.n_pairs() * v.shape[-1], 1)
+        value_loss = 0.5 * torch.stack(squared_errors).sum() / max(call.n_pairs() * v.shape[-1], 1)
         n_losses = max(call.n_written_chunks * call.n_memories, 1)
         address_loss = entropy * (options.address_weight / n_losses)
         # An output that is an input would be taken for a view of it.
@@ -392,6 +392,9 @@ class _Call:
         self.keys_move = bool(options.address_weight) or options.value_loss_to_keys
         by_chunk = options.value_loss_to_keys
         self.stages = [[one] for one in self.parts] if by_chunk else [self.parts] if self.parts else []
+        # g m of every token.
+        weight = v.new_ones(v.shape[:2]) if gate is None else gate
+        self.weight = weight if mask is None else weight * mask
         # Where each chunk's differences are formed: the same memory for all, which need not be mapped again.
         n_most = max((part.stop - part.start for part, _ in self.parts), default=0)
         self.room = q.new_empty(q.shape[0] * n_most * self.n_read * q.shape[-1])
@@ -475,10 +478,19 @@ class _Call:
         difference = read - self.v[:, part.stop - n_writing : part.stop]
         assert n_writing == 0 or part.start + lookahead == part.stop - n_writing
         writing = slice(part.start, part.start + n_writing)
-        weight = read.new_ones(read.shape[:2]) if self.gate is None else self.gate[:, writing]
-        if self.mask is not None:
-            weight = weight * self.mask[:, writing]
-        return difference, weight
+        return difference, self.weight[:, writing]
+
+    def error_in_place(self, on_tokens: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        """e (M*S,V) in the memory of what was read, so that little else goes through the caches, and
+        sum g m |read - v|^2 ()."""
+        n_writing = self._n_writing(part)
+        error = on_tokens.view(self.q.shape[0], -1, on_tokens.shape[-1])
+        error[:, :n_writing].sub_(self.v[:, part.stop - n_writing : part.stop])
+        error[:, n_writing:].zero_()
+        weight = self.weight[:, part]
+        squares = torch.linalg.vector_norm(error, dim=-1).square_()
+        error.mul_(weight.unsqueeze(-1))
+        return on_tokens, torch.dot(weight.flatten(), squares.flatten())
 
     def error(self, difference: Tensor, weight: Tensor, part: slice) -> Tensor:
         """e (M*S,V), zero at tokens that write nothing."""

@@ -27,17 +27,17 @@ class Shares(NamedTuple):
     moves: Tensor
 
 
-def row_changes(error: Tensor, shares: Shares, plan: Plan, rows: Block | Span, lr: float, clip: bool) -> Tensor:
-    """What a chunk adds to its rows, or to a block of them (U,V); error (S,V), zero for tokens that write nothing."""
-    here = slice(rows.entry, rows.entry_stop)
-    starts = plan.starts[rows.row : rows.row_stop] - rows.entry
-    changes = bag_sums(error, plan.token[here], starts, shares.moves[here])
+def row_changes(error: Tensor, block: Block, lr: float, clip: bool) -> Tensor:
+    """What a chunk adds to a block of its rows (U,V); error (S,V), zero for tokens that write nothing."""
+    changes = bag_sums(error, block.token, block.starts, block.moves)
     return changes.clamp_(-lr, lr) if clip else changes
 
 
 def unclipped(error: Tensor, shares: Shares, plan: Plan, span: Span, lr: float) -> Tensor:
     """Where a chunk's changes (U,V) stay within what ``clip`` allows: 1 there, else 0."""
-    return (row_changes(error, shares, plan, span, lr, False).abs() <= lr).to(error.dtype)
+    here, rows = slice(span.entry, span.entry_stop), slice(span.row, span.row_stop)
+    changes = bag_sums(error, plan.token[here], plan.starts[rows] - span.entry, shares.moves[here])
+    return (changes.abs() <= lr).to(error.dtype)
 
 
 class Later(NamedTuple):

@@ -10,8 +10,7 @@ one chunk after another, D distinct pairs of chunk and row, U rows, V width of a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -155,32 +154,50 @@ def _group(
 
 
 class Block(NamedTuple):
-    """Some of a chunk's rows: row..row_stop of its :class:`Plan`, and their accesses entry..entry_stop in its order.
-    place: of the first row, where the others follow it; None: rows met before, anywhere."""
+    """Some of a chunk's rows and the accesses to them. token and moves (I,): of each access, in the order of a
+    :class:`Plan`. starts (U,): where each row's accesses begin among these. places: of the rows, (U,) of those met
+    before, or the range that new ones take."""
 
-    entry: int
-    entry_stop: int
-    row: int
-    row_stop: int
-    place: int | None
+    token: Tensor
+    moves: Tensor
+    starts: Tensor
+    places: Tensor | slice
 
 
-def blocks(made: Plan, span: Span, row_bytes: int) -> Iterator[Block]:
-    """A chunk's rows cut into blocks, those met before first.
+def blocks(made: Plan, spans: list[Span], moves: Tensor, row_bytes: int) -> list[list[Block]]:
+    """The rows of each of a plan's first chunks cut into blocks, those met before first; ``moves`` (E,) in its order.
 
     On the CPU of so few rows that what is formed for one stays in the caches and is freed and had again without asking
     the system: formed for all rows of a chunk at once, their changes took half of the time of the chain of the rows.
+    All are cut at once: slices of each tensor for each block would be 200 small operations more in a call.
     """
-    n_most = max(BLOCK_BYTES // row_bytes, 1) if made.starts.device.type == "cpu" else made.starts.numel()
-    for row, row_stop, entry, entry_stop, place in (
-        (span.row, span.row_new, span.entry, span.entry_new, None),
-        (span.row_new, span.row_stop, span.entry_new, span.entry_stop, span.new),
-    ):
-        rows = range(row, row_stop, n_most)
-        entries = [entry, *made.starts[row + n_most : row_stop : n_most].tolist(), entry_stop]
-        for i, first in enumerate(rows):
-            at = None if place is None else place + first - row
-            yield Block(entries[i], entries[i + 1], first, min(first + n_most, row_stop), at)
+    n_most = max(BLOCK_BYTES // row_bytes, 1) if moves.device.type == "cpu" else max(made.starts.numel(), 1)
+    found: list[list[Block]] = [[] for _ in spans]
+    places: list[tuple[int, Tensor | slice]] = []  # the chunk of each block, and its rows
+    edges = []
+    for i, span in enumerate(spans):
+        for row in range(span.row, span.row_new, n_most):
+            places.append((i, made.rows[row : min(row + n_most, span.row_new)]))
+            edges.append(row)
+        for row in range(span.row_new, span.row_stop, n_most):
+            place, n_rows = span.new + row - span.row_new, min(n_most, span.row_stop - row)
+            places.append((i, slice(place, place + n_rows)))
+            edges.append(row)
+    if not edges:
+        return found
+    first = made.starts.index_select(0, torch.tensor(edges, device=moves.device))
+    n_rows = _lengths([*edges, spans[-1].row_stop])
+    n_entries = _lengths([*first.tolist(), spans[-1].entry_stop])
+    starts = made.starts[: spans[-1].row_stop] - first.repeat_interleave(torch.tensor(n_rows, device=moves.device))
+    tokens, moves = made.token[: spans[-1].entry_stop], moves[: spans[-1].entry_stop]
+    parts = zip(tokens.split(n_entries), moves.split(n_entries), starts.split(n_rows), places, strict=True)
+    for of_token, of_moves, of_starts, (i, rows) in parts:
+        found[i].append(Block(of_token, of_moves, of_starts, rows))
+    return found
+
+
+def _lengths(edges: list[int]) -> list[int]:
+    return [stop - start for start, stop in pairwise(edges)]
 
 
 class TouchedRows:
@@ -206,7 +223,9 @@ class TouchedRows:
     def plan(self, codes: Tensor, n_each: list[int], n_read: int) -> tuple[Plan, list[Span]]:
         """The plan of the next chunks: codes (E,) of their accesses."""
         made, spans = plan(codes, n_each, n_read, self.codes)
-        self.codes = torch.cat([self.codes, made.new_codes]) if self.codes.numel() else made.new_codes
+        self._first_new = self.codes.numel()
+        self._at_base = base_rows(made.new_codes, self.base)
+        self.codes = torch.cat([self.codes, made.new_codes]) if self._first_new else made.new_codes
         return made, spans
 
     def kept(self, made: Plan, span: Span) -> Tensor:
@@ -216,7 +235,8 @@ class TouchedRows:
     def read(self, made: Plan, span: Span, weights: Tensor) -> Tensor:
         """What tokens with ``weights`` (S,J) read (S,V), after the rows that their chunk meets first have come in."""
         new = self.table[span.new : span.new_stop]
-        torch.index_select(self.base, 0, base_rows(self.codes[span.new : span.new_stop], self.base), out=new)
+        at_base = self._at_base[span.new - self._first_new : span.new_stop - self._first_new]
+        torch.index_select(self.base, 0, at_base, out=new)
         return gather_sum(self.table, made.places[span.entry : span.entry_stop].view(weights.shape), weights)
 
     def read_only(self, made: Plan, span: Span, weights: Tensor) -> Tensor:
@@ -235,12 +255,12 @@ class TouchedRows:
         at_known = places.index_select(0, known)
         return of_new.add_(bag_sums(self.table, at_known, first_known, weights.index_select(0, known)))
 
-    def add(self, made: Plan, block: Block, changes: Tensor) -> None:
+    def add(self, block: Block, changes: Tensor) -> None:
         """Add ``changes`` (U,V) to the rows of a block."""
-        if block.place is None:
-            self.table.index_add_(0, made.rows[block.row : block.row_stop], changes)
+        if isinstance(block.places, slice):
+            self.table[block.places].add_(changes)
         else:
-            self.table[block.place : block.place + changes.shape[0]].add_(changes)
+            self.table.index_add_(0, block.places, changes)
 
 
 class UntouchedRows:

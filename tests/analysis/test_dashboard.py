@@ -35,8 +35,6 @@ from tests.analysis.browser import (
 )
 from tests.analysis.conftest import HOSTILE, Store, Watched, free_port
 
-pytestmark = pytest.mark.xdist_group("browser")  # one server and one browser for all of them
-
 
 def get(address: str, **headers: str) -> tuple[int, Any, str]:
     try:

@@ -24,10 +24,7 @@ from tests.analysis.conftest import free_port, gone_within, processes_with, star
 from tests.stores import postgres
 
 # on import of MLflow's server, which its client for users needs
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:starlette.middleware.wsgi is deprecated"),
-    pytest.mark.xdist_group("team"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:starlette.middleware.wsgi is deprecated")
 PASSWORDS = {"admin": "an admin's password", "reader": "a reader's password", "writer": "a writer's password"}
 
 

@@ -12,8 +12,6 @@ from analysis.runs import rows_from_records
 from tests.analysis.browser import eventually, expect, expect_in_address, open_plot, points
 from tests.analysis.conftest import HOSTILE, Store, Watched
 
-pytestmark = pytest.mark.xdist_group("browser")
-
 # of the first panel: every mark's place on the page with what it stands for, and the names along the axes with theirs
 DRAWN = """() => {
   const host = document.getElementById("plot"), box = host.querySelector("svg").getBoundingClientRect();

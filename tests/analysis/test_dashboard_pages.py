@@ -27,7 +27,6 @@ from tests.analysis.browser import (
 from tests.analysis.conftest import Store, Watched
 from tests.analysis.test_dashboard import get
 
-pytestmark = pytest.mark.xdist_group("browser")
 PAGES = ("sweeps", "compare?sweep=mqar_state", "mixers", "mixers?name=fwpkm")
 
 

@@ -18,8 +18,6 @@ from tests.analysis import planted
 from tests.analysis.browser import eventually, expect, expect_in_address, open_plot, wait_for_points, wait_until
 from tests.analysis.conftest import HOSTILE, Watched
 
-pytestmark = pytest.mark.xdist_group("browser")
-
 
 def write_report(folder: Path, arms: dict[str, str], pairs: tuple[int, ...]) -> tuple[str, dict[str, Any]]:
     saved = planted.plan("a report", arms=arms, pairs=pairs)

@@ -96,9 +96,15 @@ SHORT_WINDOW = {
     "nan_in_future": "softmax attention works in query blocks longer than these windows, and 0 * NaN is NaN"
 }
 OPTION_EXCUSES = {"based": SHORT_WINDOW, "lact": SHORT_WINDOW}
-# Tracing takes up to half a minute: the first options stand for all. mixlab check --all traces the defaults.
+# Tracing takes seconds: the first options stand for all, with three chunks. mixlab check --all traces the defaults.
+THREE_CHUNKS = {"chunk_size": 8}
 CASES = [
-    pytest.param(name, options, check, id=f"{name}-{i}-{check}")
+    pytest.param(
+        name,
+        options | THREE_CHUNKS if check == "compile" and "chunk_size" in options else options,
+        check,
+        id=f"{name}-{i}-{check}",
+    )
     for name in registry.names()
     for i, options in enumerate(OPTIONS.get(name, [{}]))
     for check in contract.CHECKS

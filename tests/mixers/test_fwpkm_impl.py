@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +12,8 @@ from mixers.fwpkm import FastWeightPKM, fast_weight_pkm
 from mixers.fwpkm.functional import choose_impl
 from mixers.fwpkm.reference import ChunkOptions
 from mixers.implementations import TRITON_MISSING
+from tests.mixers.interpreter import interpreted
 from tests.mixers.test_fwpkm import LAYER, draw
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def chosen(n: int, value_dim: int, scope: str = "shared", **changes) -> str:
@@ -77,19 +73,19 @@ def same(got, want):
 for scope in ("sequence", "shared"):
     found = []
     for impl in ("reference", "triton"):
-        x = draw(B=2, T=11)
-        out = fast_weight_pkm(**x, chunk_size=4, top_k=3, scope=scope, impl=impl)
+        x = draw(B=2, T=5)
+        out = fast_weight_pkm(**x, chunk_size=2, top_k=3, scope=scope, impl=impl)
         loss = out.read.square().sum() + out.values.square().sum() + out.keys.square().sum()
         found.append((out.read, out.keys, out.values, *torch.autograd.grad(loss, list(x.values()))))
     same(found[1], found[0])
     found = []
     for impl in ("reference", "triton"):
         torch.manual_seed(0)
-        layer = FastWeightPKM(FastWeightPKM.Config(**LAYER, scope=scope, impl=impl)).double()
+        layer = FastWeightPKM(FastWeightPKM.Config(**LAYER | {"chunk_size": 2}, scope=scope, impl=impl)).double()
         assert layer.impl == impl
-        x = torch.randn(2, 11, 10, dtype=torch.float64, requires_grad=True)
-        first = layer(x[:, :6], return_state=True)
-        second = layer(x[:, 6:], first.state, return_state=True)
+        x = torch.randn(2, 5, 10, dtype=torch.float64, requires_grad=True)
+        first = layer(x[:, :3], return_state=True)
+        second = layer(x[:, 3:], first.state, return_state=True)
         y = torch.cat([first.y, second.y], 1)
         found.append((y, *layer.tables(second.state), *torch.autograd.grad(y.square().sum(), x)))
     same(found[1], found[0])
@@ -99,11 +95,5 @@ print("same")
 
 @pytest.mark.skipif(bool(TRITON_MISSING), reason="triton is not installed")
 def test_triton_by_name_equals_the_reference_in_the_interpreter() -> None:
-    # A process of its own: whether kernels are interpreted is decided when triton is first imported.
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-c", IN_THE_INTERPRETER], env=environment, capture_output=True, text=True, timeout=280,
-        check=False,
-    )  # fmt: skip
+    done = interpreted("-c", IN_THE_INTERPRETER)
     assert done.stdout.strip() == "same", done.stderr[-2000:]

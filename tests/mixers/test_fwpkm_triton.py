@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="triton is not installed")
+from tests.mixers.interpreter import interpreted
 
-REPOSITORY = Path(__file__).parents[2]
+pytest.importorskip("triton", reason="triton is not installed")
 
 
 def test_equals_the_reference_in_the_interpreter() -> None:
-    # A process of its own: whether kernels are interpreted is decided when triton is first imported.
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-m", "mixers.fwpkm.gpu_check", "--json"],
-        env=environment, capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
+    done = interpreted("mixers.fwpkm.gpu_check", "--json")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["bound"] <= 1e-10

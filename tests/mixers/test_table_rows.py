@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from mixers import registry, table_rows
 from mixers.errors import UserError
+from tests.mixers.interpreter import interpreted
 
-REPOSITORY = Path(__file__).parents[2]
 INTERPRETED = """
 import torch
 from mixers.kernels import row_gradients, row_sums
@@ -56,11 +51,7 @@ def test_equals_gathered_rows(impl, sizes):
 
 def test_triton_equals_gathered_rows_in_the_interpreter():
     pytest.importorskip("triton", reason="triton is not installed")
-    # A process of its own: whether kernels are interpreted is decided when triton is first imported.
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-c", INTERPRETED]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = interpreted("-c", INTERPRETED)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.split() == ["equal"]
 

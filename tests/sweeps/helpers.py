@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from sweeps.definition import SweepConfig, load_sweep
 from sweeps.driver import SweepResult, run_sweep
 from sweeps.live import JsonView
 from tests.sweeps.fake_target import TARGET
+from tests.sweeps.forked_worker import forked_workers
 
 TOP = Path(__file__).parent.parent.parent
 BASE = """
@@ -83,13 +85,16 @@ def one_arm(folder: Path, **overrides: Any) -> SweepConfig:
 
 
 def drive(sweep: SweepConfig, runs: Path, **options: Any) -> tuple[SweepResult, list[dict[str, Any]]]:
-    """Run a sweep in this process with a real worker and the fake target; the result and all events.
+    """Run a sweep in this process with a worker of its own and the fake target; the result and all events.
 
-    A worker's start takes seconds: there are two where a test is about what happens side by side.
+    There are two workers where a test is about what happens side by side. One with plugins, which are loaded here, too,
+    or with another target starts from nothing.
     """
     lines: list[str] = []
     options = {"n_workers": 1, "tracked": False, "target": TARGET, **options}
-    result = run_sweep(sweep, runs, JsonView(lines.append), **options)
+    forked = options["target"] == TARGET and "plugins" not in options
+    with forked_workers() if forked else contextlib.nullcontext():
+        result = run_sweep(sweep, runs, JsonView(lines.append), **options)
     return result, [json.loads(line) for line in lines]
 
 
