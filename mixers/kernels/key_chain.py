@@ -305,7 +305,7 @@ def key_arguments(
     if lists:
         steps, n_words = (*steps, "move"), triton.cdiv(n_most, WORD_BITS.value)
         n_rooms = programs * tiles.move_u * LISTED
-        constants["MOVE_E"] = max(1, GATHERED // (tiles.move_u * tiles.move_d))
+        constants["MOVE_E"] = max(1, min(LISTED, GATHERED // (tiles.move_u * tiles.move_d)))
     elif step:
         steps, n_rooms, n_pulls = (*steps, "pull", "step"), programs * top_k * n_each, tiles.splits * n_key_rows
     arrived, timed = meetings(q, "key_chain", n_chunks, steps, n_before=1)
