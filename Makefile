@@ -48,15 +48,19 @@ format: $(VENV)/.ready-dev
 dashboard: $(VENV)/.ready
 	$(BIN)/mixlab dashboard
 
-$(VENV)/.ready: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+# One call of pip for all that is needed: each looks at every package anew.
+define INSTALL
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) --editable "$(1)"
 	touch $@
+endef
 
-$(VENV)/.ready-dev: $(VENV)/.ready pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
-	touch $@
+$(VENV)/.ready: pyproject.toml
+	$(call INSTALL,.)
+
+$(VENV)/.ready-dev: pyproject.toml
+	$(call INSTALL,.[dev])
+	touch $(VENV)/.ready
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache build dist *.egg-info

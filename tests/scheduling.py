@@ -49,7 +49,6 @@ LONG = (
 ONE_BY_ONE = (
     "tests/sweeps/test_driver.py",
     "tests/mixers/test_contract.py",
-    "tests/mixers/test_contract_cuda.py",
 )
 RANKS = {name: rank for rank, name in enumerate((*LONG, "the others", *ONE_BY_ONE))}
 

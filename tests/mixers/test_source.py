@@ -29,37 +29,47 @@ class Edited({cls}):
 
     factor = {factor}  # {word}
 '''
-KEY = """
-import sys
+KEYS_OF_PLUGINS = """
+import json, os, sys
+from pathlib import Path
 from experiments.config import ExperimentConfig
-from mixers.registry import load_plugin
-load_plugin(sys.argv[1])
-for pattern in ("edited", "softmax"):
-    model = {"pattern": pattern, "d_model": 8, "n_layers": 1}
-    print(ExperimentConfig.parse({"model": model, "task": {"name": "mqar"}, "train": {"max_steps": 1}}, "test").key())
+from mixers.registry import load_all, load_plugin
+
+load_all()
+for path, text in json.loads(sys.argv[1]):
+    child = os.fork()  # a process for each, which has loaded no other plugin
+    if child == 0:
+        Path(path).write_text(text)
+        load_plugin(path)
+        for pattern in ("edited", "softmax"):
+            model = {"pattern": pattern, "d_model": 8, "n_layers": 1}
+            values = {"model": model, "task": {"name": "mqar"}, "train": {"max_steps": 1}}
+            print(ExperimentConfig.parse(values, "test").key(), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 """
 
 
-def plugin_keys(path, text):
-    """The keys of runs of a plugin's layer, and of another layer."""
-    path.write_text(text)
-    done = subprocess.run([sys.executable, "-c", KEY, str(path)], cwd=TOP, capture_output=True, text=True, check=True)
-    return done.stdout.split()
+def keys_of_plugins(*plugins):
+    """For each plugin, (path, text): the keys of runs of its layer, and of another layer."""
+    words = [sys.executable, "-c", KEYS_OF_PLUGINS, json.dumps([(str(path), text) for path, text in plugins])]
+    keys = subprocess.run(words, cwd=TOP, capture_output=True, text=True, check=True).stdout.split()
+    return list(zip(keys[::2], keys[1::2], strict=True))
 
 
 def test_an_edited_plugin_gives_new_keys_and_only_to_its_own_runs(tmp_path):
     def text(factor, word):
         return PLUGIN.format(base="linear_attention", cls="LinearAttention", factor=factor, word=word)
 
-    path = tmp_path / "plugin.py"
-    first = plugin_keys(path, text(1, "hello"))
-    assert plugin_keys(path, text(1, "goodbye")) == first  # comments and docstrings aside
-    edited = plugin_keys(path, text(2, "hello"))
+    path, elsewhere = tmp_path / "plugin.py", tmp_path / "other" / "plugin.py"
+    elsewhere.parent.mkdir()
+    first, other_words, edited, moved = keys_of_plugins(
+        (path, text(1, "hello")), (path, text(1, "goodbye")), (path, text(2, "hello")), (elsewhere, text(1, "hello"))
+    )
+    assert other_words == first  # comments and docstrings aside
     assert edited[0] != first[0]
     assert edited[1] == first[1]
-    elsewhere = tmp_path / "other" / "plugin.py"
-    elsewhere.parent.mkdir()
-    assert plugin_keys(elsewhere, text(1, "hello")) == first  # wherever the file lies
+    assert moved == first  # wherever the file lies
 
 
 @pytest.mark.parametrize("name", ["softmax", "fwpkm", "peer"])

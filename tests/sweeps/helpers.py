@@ -92,7 +92,7 @@ def drive(sweep: SweepConfig, runs: Path, **options: Any) -> tuple[SweepResult, 
     """
     lines: list[str] = []
     options = {"n_workers": 1, "tracked": False, "target": TARGET, **options}
-    forked = options["target"] == TARGET and "plugins" not in options
+    forked = options["target"] == TARGET and "plugins" not in options and sys.platform == "linux"
     with forked_workers() if forked else contextlib.nullcontext():
         result = run_sweep(sweep, runs, JsonView(lines.append), **options)
     return result, [json.loads(line) for line in lines]
