@@ -41,12 +41,15 @@ from mixers.errors import UserError
 from mixers.fwpkm.last_table import LastTable
 from mixers.fwpkm.reference import ENTROPY_EPS, ChunkOptions
 from mixers.kernels.address import combine
+from mixers.kernels.both_chains import both_chains
 from mixers.kernels.key_chain import key_chain
 from mixers.kernels.key_chain_backward import key_chain_backward
 from mixers.kernels.value_chain import value_chain
 from mixers.kernels.value_chain_backward import value_chain_backward
 from mixers.kernels.versions import Accesses, find_versions
 
+# Chunks of one sequence whose values are read and stepped beside the keys of as many others.
+PART_SHARE, LEAST_CHUNKS = 0.35, 32
 MAX_SUBKEYS, MAX_TOP_K, MAX_VALUE_DIM = 1024, 32, 4096
 
 
@@ -150,6 +153,36 @@ class _Kept(NamedTuple):
         return Accesses(*self[-len(Accesses._fields) :])
 
 
+class _Part(NamedTuple):
+    """What a call has for each token, (M,R,T,...), or for those of some of its chunks."""
+
+    q: Tensor
+    v: Tensor
+    gate: Tensor | None
+    mask: Tensor | None
+    indices: Tensor
+    measures: Tensor
+    probabilities: Tensor
+    pairs: Tensor
+    slots: Tensor
+    weights: Tensor
+    read: Tensor
+    squared_error: Tensor
+
+    def tokens(self, here: slice) -> _Part:
+        """Those of some tokens, views."""
+        return _Part(*(None if tensor is None else tensor[:, :, here] for tensor in self))
+
+    def values(
+        self, table: Tensor, versions: Tensor | None, accesses: Accesses, error: Tensor | None, options
+    ) -> tuple:
+        """Arguments of :func:`value_chain`."""
+        return (
+            table, versions, self.slots, self.weights, self.v, self.gate, self.mask, accesses, self.read,
+            self.squared_error, error, options.chunk_size, options.lookahead,
+        )  # fmt: skip
+
+
 def _forward(
     q: Tensor,
     v: Tensor,
@@ -189,26 +222,39 @@ def _forward(
     # Without a step nothing is used, and the loss is 0.
     mean = (q.new_empty if o.address_weight else q.new_zeros)(n_chunks, n_memories, 2, n_subkeys)
     totals = q.new_empty(n_kept_keys - 1, *keys.shape[:-1])
-    key_chain(
-        q, all_keys, indices, measures, probabilities, mean, totals, o.chunk_size, o.score, o.lr, o.address_weight,
-        goes_on=goes_on,
-    )  # fmt: skip
-    combine(indices, measures, pairs, slots, weights, n_subkeys, o.score, o.temperature)
-    accesses = find_versions(slots, weights, _scale(q, mask, o), n_slots, o.chunk_size)
-    if keep or slots.numel() <= n_memories * n_slots:
-        table = values[:1] if values.stride(0) == 0 else values
-        table = table.contiguous()
-        versions, error = q.new_empty(slots.numel(), value_dim), torch.empty_like(read)
-        last.keep(table, n_memories, slots, versions, error, accesses)
-    else:
+    squared_error = q.new_empty(tokens)
+    scale = _scale(q, mask, o)
+    whole = _Part(q, v, gate, mask, indices, measures, probabilities, pairs, slots, weights, read, squared_error)
+    in_place = not keep and slots.numel() > n_memories * n_slots
+    if in_place:
         # Fewer rows than versions: a copy of the table, stepped in place.
         table = values.clone(memory_format=torch.contiguous_format)
         versions = error = None
         last = LastTable(table)
-    squared_error = q.new_empty(tokens)
-    value_chain(
-        table, versions, slots, weights, v, gate, mask, accesses, read, squared_error, error, o.chunk_size, o.lookahead
-    )
+    else:
+        table = (values[:1] if values.stride(0) == 0 else values).contiguous()
+        versions, error = q.new_empty(slots.numel(), value_dim), torch.empty_like(read)
+    value_part = None
+    chunks = slice(0, 0)
+    for n_part in _part_sizes(n_chunks) if in_place and n_memories * n_rows == 1 else [n_chunks]:
+        chunks = slice(chunks.stop, chunks.stop + n_part)
+        here = slice(chunks.start * o.chunk_size, min(chunks.stop * o.chunk_size, n_tokens))
+        part = whole.tokens(here)
+        key_part = (
+            part.q, all_keys, part.indices, part.measures, part.probabilities, mean[chunks], totals, o.chunk_size,
+            o.score, o.lr, o.address_weight,
+        )  # fmt: skip
+        part_goes_on = goes_on or chunks.stop < n_chunks
+        if value_part is None:
+            key_chain(*key_part, goes_on=part_goes_on)
+        else:
+            both_chains(key_part, value_part, goes_on=part_goes_on)
+        combine(part.indices, part.measures, part.pairs, part.slots, part.weights, n_subkeys, o.score, o.temperature)
+        accesses = find_versions(part.slots, part.weights, scale[chunks], n_slots, o.chunk_size)
+        value_part = part.values(table, versions, accesses, error, o)
+    if not in_place:
+        last.keep(table, n_memories, slots, versions, error, accesses)
+    value_chain(*value_part)
 
     sizes = _sizes(n_tokens, o.chunk_size)
     if not goes_on:
@@ -242,6 +288,16 @@ def _forward(
         *accesses,
     )
     return out, kept
+
+
+def _part_sizes(n_chunks: int) -> list[int]:
+    """Chunks of each part: the first ones PART_SHARE of what is left, since the values of a part take about two thirds
+    of the time of as many chunks' keys; few in the last, which no keys hide."""
+    sizes, left = [], n_chunks
+    while left >= 2 * LEAST_CHUNKS:
+        sizes.append(max(LEAST_CHUNKS, int(PART_SHARE * left)))
+        left -= sizes[-1]
+    return [*sizes, left]
 
 
 def _sizes(n_tokens: int, chunk_size: int) -> list[int]:

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixers.kernels.launch import launch
+from mixers.kernels.listed import note_queries
 from mixers.kernels.parts import write_parts
 from mixers.kernels.select import choose_best, choose_best_of_parts, from_order, in_order, order_in_parts
 from mixers.product_keys import IDW_EPS
@@ -57,9 +58,9 @@ def split_queries(
 @triton.jit
 def address_rows(
     tile, q, keys, ranks, squares, indices, measures, probabilities, uses, use_scale,
-    n_rows, n_chunk, n_tokens, start,
+    noted, n_words, n_rows, n_chunk, n_tokens, start,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, TOP_K: tl.constexpr,
-    IDW: tl.constexpr, EPS: tl.constexpr, STEP: tl.constexpr,
+    IDW: tl.constexpr, EPS: tl.constexpr, STEP: tl.constexpr, LISTS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Of a tile of half queries: the k sub-keys of highest rank, their measures and the softmax of their scores.
@@ -69,7 +70,8 @@ def address_rows(
     the tile is nearer than half |q|^2: there the difference is a few ulp from its terms; else the elements do.
 
     With STEP, ``uses`` (M,2,n) int64 receives the sums of the shares in units of 1/``use_scale``, a power of two: sums
-    of integers, which are the same in whatever order they come.
+    of integers, which are the same in whatever order they come. With LISTS besides, ``noted`` receives who lists whom,
+    see :func:`mixers.kernels.listed.note_queries`.
 
     Bytes per token: 2 H n ranks; with near sub-keys 2 H k K/2 key elements and H K of q (all from the L2 cache).
     """
@@ -83,6 +85,9 @@ def address_rows(
     listed = exists[:, None] & (place < TOP_K)[None, :]
     entry = q_row[:, None] * TOP_K + place[None, :]
     tl.store(indices + entry, index, listed)
+    if STEP and LISTS:
+        query = (row // (2 * HEADS)).to(tl.int32) - memory * n_rows * n_chunk
+        note_queries(memory * (2 * HEADS) + half_head, query, index, listed, noted, n_words, SUBKEYS)
 
     measure = from_order(found)
     if IDW:
@@ -209,21 +214,23 @@ def combine(
     pairs (M,R,T,H*k) int32: the chosen sums of half scores, position1 * k + position2; equal sums: the lowest position.
     slots (M,R,T,H*k) int64. weights: softmax of scores / temperature over all H*k slots of a token.
 
-    No token waits for another. Bytes per token: 16 H k in, 16 H k out. One warp holds a token.
+    No token waits for another. Bytes per token: 16 H k in, 16 H k out. One warp holds four tokens of up to 8 sub-keys a
+    half, or four warps one.
     """
     n_heads, top_k = indices.shape[3], indices.shape[5]
     block_k = triton.next_power_of_2(top_k)
     n_all = indices[..., 0, 0, 0].numel()
+    block_s = 4 if block_k <= 8 else 1
     launch(
         combine_kernel,
-        (n_all,),
+        (triton.cdiv(n_all, block_s),),
         *(indices, measures, pairs, slots, weights, float(temperature), n_all),
         HEADS=n_heads,
         SUBKEYS=n_subkeys,
         TOP_K=top_k,
         IDW=score == "idw",
         EPS=IDW_EPS,
-        BLOCK_S=1,
+        BLOCK_S=block_s,
         BLOCK_K=block_k,
         BLOCK_J=triton.next_power_of_2(n_heads * top_k),
         num_warps=1 if block_k <= 8 else 4,

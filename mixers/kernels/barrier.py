@@ -14,37 +14,37 @@ from triton.language.extra import cuda
 
 
 @triton.jit
-def meet(arrived, n_meetings, TIMED: tl.constexpr):
-    """Wait until every program has come to its meeting number ``n_meetings``, counted from 1.
+def meet(arrived, n_meetings, program, n_together, TIMED: tl.constexpr):
+    """Wait until each of ``n_together`` programs has come to its meeting number ``n_meetings``, counted from 1.
 
     What any program wrote before is seen by all after: its stores come before the counter's release, the others'
     loads after the counter's acquire. ``arrived`` is from :func:`meetings`. All programs must be on the device at
     once: launch with ``cooperative=True`` and as many as :func:`n_programs` says.
     """
-    target = n_meetings.to(tl.int64) * tl.num_programs(0)
+    target = n_meetings.to(tl.int64) * n_together
     tl.debug_barrier()
     n_arrived = tl.atomic_add(arrived, 1, sem="acq_rel") + 1
     while n_arrived < target:
         n_arrived = tl.atomic_add(arrived, 0, sem="acquire")
     tl.debug_barrier()
     if TIMED:
-        _note_time(arrived + 1 + n_meetings)
+        _note_time(arrived + 1 + n_meetings, program)
 
 
 @triton.jit
-def begin(arrived, TIMED: tl.constexpr):
+def begin(arrived, program, TIMED: tl.constexpr):
     """Note the time before the first meeting."""
     if TIMED:
-        _note_time(arrived + 1)
+        _note_time(arrived + 1, program)
 
 
 @triton.jit
-def _note_time(at):
-    if tl.program_id(0) == 0:
+def _note_time(at, program):
+    if program == 0:
         tl.store(at, cuda.globaltimer().to(tl.int64))
 
 
-_timed: dict[str, tuple[Tensor, tuple[str, ...]]] | None = None
+_timed: list[tuple[str, Tensor, tuple[str, ...]]] | None = None
 
 
 def meetings(
@@ -55,7 +55,7 @@ def meetings(
     if _timed is None:
         return torch.zeros(1, dtype=torch.int64, device=like.device), False
     arrived = torch.zeros(2 + n_before + n_chunks * len(steps), dtype=torch.int64, device=like.device)
-    _timed[kernel] = arrived[n_before:], steps
+    _timed.append((kernel, arrived[n_before:], steps))
     return arrived, True
 
 
@@ -65,13 +65,15 @@ def timed_meetings() -> Iterator[dict[str, dict[str, float]]]:
     milliseconds that each step took in all. CUDA only."""
     global _timed
     found: dict[str, dict[str, float]] = {}
-    _timed = {}
+    _timed = []
     try:
         yield found
-        for kernel, (arrived, steps) in _timed.items():
+        for kernel, arrived, steps in _timed:
+            n_chunks = (arrived.numel() - 2) // len(steps)
             # A meeting that did not take place has no time.
-            took = arrived[1:].diff().where(arrived[2:] > 0, 0).view(-1, len(steps)).sum(0) / 1e6
-            found[kernel] = dict(zip(steps, took.tolist(), strict=True))
+            took = arrived[1:].diff().where(arrived[2:] > 0, 0).unflatten(0, (n_chunks, len(steps))).sum(0) / 1e6
+            before = found.get(kernel, dict.fromkeys(steps, 0.0))
+            found[kernel] = {step: before[step] + ms for step, ms in zip(steps, took.tolist(), strict=True)}
     finally:
         _timed = None
 

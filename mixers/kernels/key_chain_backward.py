@@ -107,7 +107,7 @@ def key_chain_backward_kernel(
             product = tl.load(last_keys + at, inside, 0.0) * tl.load(d_keys + at, inside, 0.0)
             tl.store(key_dots + row, tl.sum(product, axis=1), row < n_key_rows)
     n_meetings = 1
-    meet(arrived, n_meetings, TIMED)
+    meet(arrived, n_meetings, program, n_together, TIMED)
 
     for n_done in range(n_chunks):
         chunk = n_chunks - 1 - n_done
@@ -137,7 +137,7 @@ def key_chain_backward_kernel(
                     HEADS, HALF, WIDTH, PARTS, False, SPLIT_ROWS, MOVE_D,
                 )  # fmt: skip
         n_meetings += 1
-        meet(arrived, n_meetings, TIMED)
+        meet(arrived, n_meetings, program, n_together, TIMED)
 
         if STEP:
             n_uses = n_use_tiles(n_memories, SUBKEYS, USE_SPLITS, USE_U)
@@ -147,7 +147,7 @@ def key_chain_backward_kernel(
                     HEADS, SUBKEYS, TOP_K, USE_SPLITS, USE_U, USE_Q, BLOCK_K,
                 )  # fmt: skip
             n_meetings += 1
-            meet(arrived, n_meetings, TIMED)
+            meet(arrived, n_meetings, program, n_together, TIMED)
 
         if STEP:
             for tile in range(program, n_stepped, n_together):
@@ -165,7 +165,7 @@ def key_chain_backward_kernel(
                 HEADS, SUBKEYS, HALF, TOP_K, IDW, IDW_EPS, ENTROPY_EPS, False, USE_SPLITS, ROWS, ROW_D, BLOCK_K,
             )  # fmt: skip
         n_meetings += 1
-        meet(arrived, n_meetings, TIMED)
+        meet(arrived, n_meetings, program, n_together, TIMED)
 
         if chunk >= last_step:
             my_room = program * n_most_each * TOP_K
@@ -179,7 +179,7 @@ def key_chain_backward_kernel(
                     SPLITS, PULL_U, PULL_L, PULL_C, PULL_D, BLOCK_K, PULL_STAGES,
                 )  # fmt: skip
             n_meetings += 1
-            meet(arrived, n_meetings, TIMED)
+            meet(arrived, n_meetings, program, n_together, TIMED)
 
             before = now
             if STEP and chunk > 0:
@@ -191,7 +191,7 @@ def key_chain_backward_kernel(
                     HEADS, SUBKEYS, HALF, IDW, STEP, SPLITS, MOVE_E, MOVE_D,
                 )  # fmt: skip
             n_meetings += 1
-            meet(arrived, n_meetings, TIMED)
+            meet(arrived, n_meetings, program, n_together, TIMED)
 
 
 def key_chain_backward(

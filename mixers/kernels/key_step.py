@@ -30,7 +30,8 @@ def step_coefficients(
 ):  # fmt: skip
     """x_ti of :func:`move_subkeys` for half queries ``q_row`` (rows,) and the sub-keys that they list, (rows, k).
 
-    ``half``: memory*2 + half. ``uses``, ``use_scale``: as from :func:`mixers.kernels.address.address_rows`.
+    ``half``: memory*2 + half, one for all or (rows,1). ``uses``, ``use_scale``: as from
+    :func:`mixers.kernels.address.address_rows`.
     """
     entry = q_row[:, None] * TOP_K + tl.arange(0, BLOCK_K)[None, :]
     index = tl.load(indices + entry, listed, 0)
@@ -177,24 +178,23 @@ def pulled_rows(
 
 @triton.jit
 def move_subkeys(
-    row, keys, moved, pulls, totals, kept_totals, uses, use_scale, mean, parts, units, squares, n_shares, n_memories,
+    row, key, pulled, total, moved, kept_totals, uses, use_scale, mean, parts, units, squares, n_shares, n_memories,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
-    IDW: tl.constexpr, KEEP: tl.constexpr, SPLITS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    IDW: tl.constexpr, KEEP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """moved (M,H,2,n,K/2) of sub-keys ``row``, their parts and, for ``idw``, squares: the addressing step.
+    """moved (M,H,2,n,K/2) of sub-keys ``row``, now ``key``, their parts and, for ``idw``, squares: the addressing step.
 
     moved = keys - lr * dA/dkeys, A = w * sum_i Pbar_i log(Pbar_i + 1e-8) per half, w = ``address_weight``, S*H =
-    ``n_shares``. With the coefficients x of :func:`step_coefficients`, idw: moved_i = key_i (1 + sum_t x_ti) - sum_t
-    x_ti q_t; dot: key_i + sum_t x_ti q_t. ``mean`` (M,2,n) receives Pbar, and with KEEP ``kept_totals`` (M,H,2,n) sum_t
-    x_ti. ``moved`` may be ``keys``. Bytes per chunk: the sums, keys in and out twice (all from the L2 cache).
+    ``n_shares``. With the coefficients x of :func:`step_coefficients`, ``total`` = sum_t x_ti and ``pulled`` = sum_t
+    x_ti q_t; idw: moved_i = key_i (1 + total_i) - pulled_i; dot: key_i + pulled_i. ``mean`` (M,2,n) receives Pbar, and
+    with KEEP ``kept_totals`` (M,H,2,n) ``total``. ``key`` may come from ``moved``. Bytes per chunk: the sums, keys in
+    and out twice (all from the L2 cache).
     """
     n_key_rows = n_memories * (2 * HEADS * SUBKEYS)
     exists = row < n_key_rows
     d = tl.arange(0, BLOCK_D)
     at = row.to(tl.int64)[:, None] * HALF + d[None, :]
     inside = exists[:, None] & (d < HALF)[None, :]
-    key = tl.load(keys + at, inside, 0.0)
-    pulled, total = pulled_rows(row, pulls, totals, n_key_rows, HALF, IDW, SPLITS, BLOCK_E, BLOCK_D)
     if IDW:
         key = key + total[:, None] * key - pulled
         if KEEP:

@@ -74,7 +74,7 @@ def value_chain_backward_kernel(
     program = tl.program_id(0)
     n_together = tl.num_programs(0)
     n_meetings = 0
-    begin(arrived, TIMED)
+    begin(arrived, program, TIMED)
     for n_done in range(n_chunks):
         chunk = n_chunks - 1 - n_done
         start = chunk * chunk_size
@@ -88,7 +88,7 @@ def value_chain_backward_kernel(
                 HEADS, TOP_K, VALUE, GATED, MASKED, ADD_WEIGHTS, GIVEN, ALIGN, BLOCK_J, READ_V, ALL_J,
             )  # fmt: skip
         n_meetings += 1
-        meet(arrived, n_meetings, TIMED)
+        meet(arrived, n_meetings, program, n_together, TIMED)
 
         # No chunk reads a row before the first.
         n_steps = n_chunks if FIRST else n_chunks - 1
@@ -101,7 +101,7 @@ def value_chain_backward_kernel(
                     HEADS * TOP_K, VALUE, GIVEN, FIRST, ALIGN, BLOCK_G, BLOCK_E, STEP_V,
                 )  # fmt: skip
             n_meetings += 1
-            meet(arrived, n_meetings, TIMED)
+            meet(arrived, n_meetings, program, n_together, TIMED)
 
 
 def value_chain_backward(

@@ -121,15 +121,33 @@ def launch_all(heads: int, top_k: int, n: int, key_dim: int, value_dim: int, sco
         joint if is_small else None, 1.0, row, each, listed, 512, 1, given=is_small, needs_table=is_small,
     )  # fmt: skip
     row_steps.last_rows(table, slots, kept, row, accesses, table)
+    if not is_small:
+        in_parts(q, indices, listed, slots, joint, row, each, keys[:1], mean, totals[:0], table, score)
     slots, joint, row = (part.flatten(1, 2) for part in (slots, joint, row))
     row_sums.row_sums(table, slots, joint, row)
     row_dots.row_dots(table, slots, row, joint)
     row_gradients.row_gradients(table, slots, joint, row, sums=True, dots=True)
 
 
+def in_parts(q, indices, listed, slots, joint, row, each, keys, mean, totals, table, score: str) -> None:
+    """The chains of one sequence: short lists of queries, the values beside the keys."""
+    from mixers.kernels import both_chains, key_chain, versions
+
+    q, indices, listed, slots, joint, row, each = (
+        part[:, :1] for part in (q, indices, listed, slots, joint, row, each)
+    )
+    key_part = (q, keys, indices, listed, listed, mean, totals, 512, score, 1.0, 1.0)
+    accesses = versions.find_versions(slots, joint, torch.empty(8, 1, device="meta"), table.shape[1], 512)
+    key_chain.key_chain(*key_part)
+    both_chains.both_chains(
+        key_part, (table, None, slots, joint, row, each, None, accesses, row, each, None, 512, 1), goes_on=True
+    )
+
+
 def main() -> None:
     for module in (
         "address",
+        "both_chains",
         "key_chain",
         "key_chain_backward",
         "row_dots",

@@ -150,3 +150,31 @@ def test_layer_without_a_state_after_it() -> None:
         results.append((*(out.y for out in ends), *losses, *torch.autograd.grad(total, [x, layer.keys, layer.values])))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=100 * TOLERANCE)
+
+
+@pytest.mark.parametrize(("goes_on", "address_weight"), [(True, 1.0), (False, 0.0)])
+def test_a_long_call_in_parts(goes_on: bool, address_weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values of a part beside the keys of the next, the last part and its last chunk shorter."""
+    from mixers.fwpkm import reference, triton_chunks
+    from mixers.fwpkm.gpu_check import draw, options_of
+
+    monkeypatch.setattr(triton_chunks, "LEAST_CHUNKS", 2)
+    beside = []
+    monkeypatch.setattr(
+        triton_chunks, "both_chains", lambda *parts, **rest: beside.append(0) or both_chains(*parts, **rest)
+    )
+    from mixers.kernels.both_chains import both_chains
+
+    drawn = draw(1, 1, 39, 1, 6, 4, 5, torch.float64, DEVICE)
+    x = [drawn[name].detach().to(DTYPE) for name in ("q", "v", "gate", "keys", "values")]
+    mask = torch.arange(39, device=DEVICE).view(1, 1, 39) >= 5
+    options = options_of(chunk_size=6, top_k=3, update_scale="released", address_weight=address_weight)
+    want = reference.write_chunks(*(part.double() for part in x), mask, options)
+    got = triton_chunks.write_chunks(*x, mask, options, goes_on=goes_on)
+    assert triton_chunks._part_sizes(7) == [2, 2, 3]
+    assert len(beside) == 2
+    assert (got.read - want.read).abs().max() <= TOLERANCE
+    if goes_on:
+        for name in ("keys", "value_loss", "address_loss"):
+            assert (getattr(got, name) - getattr(want, name)).abs().max() <= TOLERANCE
+        assert (got.values.table() - want.values).abs().max() <= TOLERANCE

@@ -9,17 +9,26 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
     pytest.skip("needs a CUDA GPU or triton's interpreter", allow_module_level=True)
 
+tl = triton.language
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.mark.parametrize("mean_list", [0, 1000])
 @pytest.mark.parametrize("score", ["idw", "dot"])
-def test_long_lists(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_lists(score: str, mean_list: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step as a product of matrices, and by lists of queries."""
     from mixers.kernels import key_chain
+    from mixers.kernels import listed as listed_queries
     from mixers.kernels.key_step import ENTROPY_EPS, StepTiles
     from mixers.product_keys import IDW_EPS
 
     # Tiles smaller than what they are used for: several sub-keys, queries and elements one after the other.
     monkeypatch.setattr(key_chain, "step_tiles", lambda *sizes: StepTiles(2, 4, 4, 8, 2, 2, 4, 1, 32))
+    monkeypatch.setattr(key_chain, "MEAN_LIST", mean_list)
+    monkeypatch.setattr(key_chain, "LISTED", 8)
+    if DEVICE == "cpu":
+        # Of the 40 queries' two words one after the other.
+        monkeypatch.setattr(listed_queries, "WORDS", tl.constexpr(1))
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> torch.Tensor:
