@@ -10,11 +10,12 @@ depend on the values, so the call runs in three parts:
 The given table is not copied: a row that is stepped becomes a new *version*, a row of a tensor of its own, and only if
 a later chunk reads it (:mod:`mixers.kernels.versions`). The table after the call is made of the given one, the versions
 and each row's last step when it is asked for. Only a call without gradients and with more accesses than the table has
-rows works in place, on a copy.
+rows works in place, on a copy. Such a call of one sequence is cut into a few parts of many chunks: C of one part goes
+beside A of the next, in one launch (:mod:`mixers.kernels.both_chains`).
 
 The backward goes in the opposite order, from the versions that each chunk read and the keys that it used: C' and A'.
 A chain is one launch: its programs go from chunk to chunk together and meet where a step needs what another wrote
-(:mod:`mixers.kernels.barrier`). So the number of launches does not depend on the number of chunks. Nothing waits for
+(:mod:`mixers.kernels.barrier`). So the number of launches hardly depends on the number of chunks. Nothing waits for
 the device on the host, or has a size that depends on data, so a call can be captured in a CUDA graph.
 
 Cost at J = H*k slots a token, float32, beside inputs and outputs, with p the share of accesses whose row a later chunk
