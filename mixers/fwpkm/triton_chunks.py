@@ -42,14 +42,14 @@ from mixers.errors import UserError
 from mixers.fwpkm.last_table import LastTable
 from mixers.fwpkm.reference import ENTROPY_EPS, ChunkOptions
 from mixers.kernels.address import combine
-from mixers.kernels.both_chains import both_chains
-from mixers.kernels.key_chain import key_chain
+from mixers.kernels.both_chains import both_chains, have_room
+from mixers.kernels.key_chain import KeyWork, key_chain
 from mixers.kernels.key_chain_backward import key_chain_backward
-from mixers.kernels.value_chain import value_chain
+from mixers.kernels.value_chain import ValueWork, value_chain
 from mixers.kernels.value_chain_backward import value_chain_backward
 from mixers.kernels.versions import Accesses, find_versions
 
-# Chunks of one sequence whose values are read and stepped beside the keys of as many others.
+# Of a long call in place: the share of the chunks left that the next part gets, and the fewest of a part.
 PART_SHARE, LEAST_CHUNKS = 0.35, 32
 MAX_SUBKEYS, MAX_TOP_K, MAX_VALUE_DIM = 1024, 32, 4096
 
@@ -175,10 +175,10 @@ class _Part(NamedTuple):
         return _Part(*(None if tensor is None else tensor[:, :, here] for tensor in self))
 
     def values(
-        self, table: Tensor, versions: Tensor | None, accesses: Accesses, error: Tensor | None, options
-    ) -> tuple:
-        """Arguments of :func:`value_chain`."""
-        return (
+        self, table: Tensor, versions: Tensor | None, accesses: Accesses, error: Tensor | None, options: ChunkOptions
+    ) -> ValueWork:
+        """The work of the values' chain."""
+        return ValueWork(
             table, versions, self.slots, self.weights, self.v, self.gate, self.mask, accesses, self.read,
             self.squared_error, error, options.chunk_size, options.lookahead,
         )  # fmt: skip
@@ -235,19 +235,20 @@ def _forward(
     else:
         table = (values[:1] if values.stride(0) == 0 else values).contiguous()
         versions, error = q.new_empty(slots.numel(), value_dim), torch.empty_like(read)
+    in_parts = in_place and n_memories * n_rows == 1 and have_room(q)
     value_part = None
     chunks = slice(0, 0)
-    for n_part in _part_sizes(n_chunks) if in_place and n_memories * n_rows == 1 else [n_chunks]:
+    for n_part in _part_sizes(n_chunks) if in_parts else [n_chunks]:
         chunks = slice(chunks.stop, chunks.stop + n_part)
         here = slice(chunks.start * o.chunk_size, min(chunks.stop * o.chunk_size, n_tokens))
         part = whole.tokens(here)
-        key_part = (
+        key_part = KeyWork(
             part.q, all_keys, part.indices, part.measures, part.probabilities, mean[chunks], totals, o.chunk_size,
             o.score, o.lr, o.address_weight,
         )  # fmt: skip
         part_goes_on = goes_on or chunks.stop < n_chunks
         if value_part is None:
-            key_chain(*key_part, goes_on=part_goes_on)
+            key_chain(key_part, goes_on=part_goes_on)
         else:
             both_chains(key_part, value_part, goes_on=part_goes_on)
         combine(part.indices, part.measures, part.pairs, part.slots, part.weights, n_subkeys, o.score, o.temperature)
@@ -255,7 +256,7 @@ def _forward(
         value_part = part.values(table, versions, accesses, error, o)
     if not in_place:
         last.keep(table, n_memories, slots, versions, error, accesses)
-    value_chain(*value_part)
+    value_chain(value_part)
 
     sizes = _sizes(n_tokens, o.chunk_size)
     if not goes_on:

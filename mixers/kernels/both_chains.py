@@ -4,37 +4,24 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from mixers.kernels.barrier import n_programs
-from mixers.kernels.key_chain import address_chunks, key_arguments
+from mixers.kernels.barrier import n_programs, shared_bytes
+from mixers.kernels.key_chain import KEY_SIZES, PROGRAMS, KeyWork, address_chunks, key_arguments
 from mixers.kernels.launch import launch
-from mixers.kernels.value_chain import read_and_step_chunks, value_arguments
+from mixers.kernels.value_chain import VALUE_SIZES, ValueWork, read_and_step_chunks, value_arguments
 
 # Programs of the values' chain on a multiprocessor, and registers a thread that leave room for those of the keys too.
 VALUE_PROGRAMS, REGISTERS = 1, 168
+# Shared memory of a program at the paper's sizes.
+SHARED_BYTES = 48 * 1024
 
 
-@triton.jit(
-    do_not_specialize=[
-        "n_memories",
-        "n_rows",
-        "n_tokens",
-        "chunk_size",
-        "n_chunks",
-        "n_most",
-        "n_most_each",
-        "n_steps",
-        "n_words",
-        "table_step",
-        "lookahead",
-        "n_value_programs",
-        "value_n_memories",
-        "value_n_rows",
-        "value_n_tokens",
-        "value_chunk_size",
-        "value_n_chunks",
-    ]
-)
+# In this kernel the sizes that both chains have stand twice.
+SIZES = [*KEY_SIZES, *(name if name in ("table_step", "lookahead") else f"value_{name}" for name in VALUE_SIZES)]
+
+
+@triton.jit(do_not_specialize=[*SIZES, "n_value_programs"])
 def both_chains_kernel(
     q, keys, indices, measures, probabilities, mean, kept_totals, uses, ranks, q_parts, q_units, q_squares, key_parts,
     key_units, key_squares, room, index_room, pulls, totals, noted, arrived, lr, address_weight, use_scale,
@@ -78,17 +65,21 @@ def both_chains_kernel(
         )  # fmt: skip
 
 
-def both_chains(key_part: tuple, value_part: tuple, *, goes_on: bool) -> None:
-    """:func:`mixers.kernels.key_chain.key_chain` and :func:`mixers.kernels.value_chain.value_chain`, each with its
-    arguments, side by side.
+def have_room(like: Tensor) -> bool:
+    """Whether a multiprocessor of the tensor's device has the shared memory for the programs of both chains."""
+    return shared_bytes(like, PROGRAMS + VALUE_PROGRAMS) >= SHARED_BYTES
+
+
+def both_chains(key_part: KeyWork, value_part: ValueWork, *, goes_on: bool) -> None:
+    """:func:`mixers.kernels.key_chain.key_chain` and :func:`mixers.kernels.value_chain.value_chain` side by side.
 
     Each chain has programs of its own, which meet with one another only: while one chain's wait, the other's work. The
     keys' chain is slower than alone, as its programs have fewer registers, a quarter at the sizes of the paper on an
     H200, but what the values' chain takes beside it costs less than after it.
     """
-    n_key_programs, key_values, key_constants = key_arguments(*key_part, goes_on=goes_on, n_beside=VALUE_PROGRAMS)
-    value_values, value_constants = value_arguments(*value_part)
-    n_value_programs = n_programs(value_part[0], VALUE_PROGRAMS)
+    n_key_programs, key_values, key_constants = key_arguments(key_part, goes_on=goes_on, n_beside=VALUE_PROGRAMS)
+    value_values, value_constants = value_arguments(value_part)
+    n_value_programs = n_programs(value_part.table, VALUE_PROGRAMS)
     launch(
         both_chains_kernel,
         (n_key_programs + n_value_programs,),

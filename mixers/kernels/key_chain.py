@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +26,31 @@ from mixers.kernels.listed import WORD_BITS, pulled_by_list
 from mixers.kernels.parts import new_parts, part_type, part_width
 from mixers.kernels.select import n_rank_tiles, rank_tile, rank_tile_sizes
 from mixers.product_keys import IDW_EPS
+
+# Integers of the kernel that no variant of its own is compiled for.
+KEY_SIZES = [
+    "n_memories", "n_rows", "n_tokens", "chunk_size", "n_chunks", "n_most", "n_most_each", "n_steps", "n_words",
+]  # fmt: skip
+
+
+class KeyWork(NamedTuple):
+    """What :func:`key_chain` addresses, and where to.
+
+    q (M,R,T,H,K); keys (n_chunks + 1,M,H,2,n,K/2) or (1,M,H,2,n,K/2); indices int32, measures and probabilities
+    (M,R,T,H,2,k); mean (n_chunks,M,2,n); totals (n_chunks,M,H,2,n).
+    """
+
+    q: Tensor
+    keys: Tensor
+    indices: Tensor
+    measures: Tensor
+    probabilities: Tensor
+    mean: Tensor
+    totals: Tensor
+    chunk_size: int
+    score: str
+    lr: float
+    address_weight: float
 
 
 @triton.jit
@@ -138,19 +165,7 @@ def address_chunks(
             meet(arrived, n_meetings, program, n_together, TIMED)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "n_memories",
-        "n_rows",
-        "n_tokens",
-        "chunk_size",
-        "n_chunks",
-        "n_most",
-        "n_most_each",
-        "n_steps",
-        "n_words",
-    ]
-)
+@triton.jit(do_not_specialize=KEY_SIZES)
 def key_chain_kernel(
     q,  # (M,R,T,H,K)
     keys,  # in and out (n_chunks + 1,M,H,2,n,K/2), or (1,M,H,2,n,K/2) if not KEEP
@@ -228,21 +243,7 @@ def key_chain_kernel(
     )  # fmt: skip
 
 
-def key_chain(
-    q: Tensor,
-    keys: Tensor,
-    indices: Tensor,
-    measures: Tensor,
-    probabilities: Tensor,
-    mean: Tensor,
-    totals: Tensor,
-    chunk_size: int,
-    score: str,
-    lr: float,
-    address_weight: float,
-    *,
-    goes_on: bool = True,
-) -> None:
+def key_chain(work: KeyWork, *, goes_on: bool = True) -> None:
     """Choose the k sub-keys of each half for all tokens of a call, and move the keys after each chunk.
 
     keys (n_chunks + 1,M,H,2,n,K/2), of which keys[0] is given and keys[c + 1] are those after chunk c; or (1,...),
@@ -255,29 +256,13 @@ def key_chain(
     All are done by one launch whose programs meet between them, since at 512 tokens a chunk a launch of its own costs
     each more than its work. One meeting takes about 1 us on an H200.
     """
-    programs, arguments, constants = key_arguments(
-        q, keys, indices, measures, probabilities, mean, totals, chunk_size, score, lr, address_weight, goes_on=goes_on
-    )
+    programs, arguments, constants = key_arguments(work, goes_on=goes_on)
     launch(key_chain_kernel, (programs,), *arguments, **constants, num_warps=4, cooperative=True)
 
 
-def key_arguments(
-    q: Tensor,
-    keys: Tensor,
-    indices: Tensor,
-    measures: Tensor,
-    probabilities: Tensor,
-    mean: Tensor,
-    totals: Tensor,
-    chunk_size: int,
-    score: str,
-    lr: float,
-    address_weight: float,
-    *,
-    goes_on: bool,
-    n_beside: int = 0,
-) -> tuple[int, tuple, dict[str, object]]:
+def key_arguments(work: KeyWork, *, goes_on: bool, n_beside: int = 0) -> tuple[int, tuple, dict[str, object]]:
     """How many programs :func:`key_chain` launches, with ``n_beside`` others on each multiprocessor, and with what."""
+    q, keys, indices, measures, probabilities, mean, totals, chunk_size, score, lr, address_weight = work
     n_memories, n_rows, n_tokens, n_heads, _ = q.shape
     n_kept, n_subkeys, half_dim = keys.shape[0], keys.shape[4], keys.shape[5]
     top_k = indices.shape[-1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,6 +16,32 @@ from mixers.kernels.versions import Accesses
 
 # Programs of four warps on a multiprocessor, and registers a thread that leave room for them.
 PROGRAMS, REGISTERS = 4, 128
+
+
+# Integers of the kernel that no variant of its own is compiled for.
+VALUE_SIZES = ["table_step", "n_memories", "n_rows", "n_tokens", "chunk_size", "n_chunks", "lookahead"]
+
+
+class ValueWork(NamedTuple):
+    """What :func:`value_chain` reads and steps, and where to.
+
+    table (1 or M,N,V); versions (E,V), or None to step the table in place; slots int64 and weights (M,R,T,J); v and
+    read (M,R,T,V); gate, mask and squared_error (M,R,T); error (M,R,T,V), None with a table in place.
+    """
+
+    table: Tensor
+    versions: Tensor | None
+    slots: Tensor
+    weights: Tensor
+    v: Tensor
+    gate: Tensor | None
+    mask: Tensor | None
+    accesses: Accesses
+    read: Tensor
+    squared_error: Tensor
+    error: Tensor | None
+    chunk_size: int
+    lookahead: int
 
 
 @triton.jit
@@ -57,7 +85,7 @@ def read_and_step_chunks(
             meet(arrived, n_meetings, program, n_together, TIMED)
 
 
-@triton.jit(do_not_specialize=["table_step", "n_memories", "n_rows", "n_tokens", "chunk_size", "n_chunks", "lookahead"])
+@triton.jit(do_not_specialize=VALUE_SIZES)
 def value_chain_kernel(
     table,  # (1 or M,N,V); without VERSIONS in and out (M,N,V)
     versions,  # out (E,V), VERSIONS only
@@ -104,21 +132,7 @@ def value_chain_kernel(
     )  # fmt: skip
 
 
-def value_chain(
-    table: Tensor,
-    versions: Tensor | None,
-    slots: Tensor,
-    weights: Tensor,
-    v: Tensor,
-    gate: Tensor | None,
-    mask: Tensor | None,
-    accesses: Accesses,
-    read: Tensor,
-    squared_error: Tensor,
-    error: Tensor | None,
-    chunk_size: int,
-    lookahead: int,
-) -> None:
+def value_chain(work: ValueWork) -> None:
     """Read v's predictions from the rows of ``table`` and step the rows that were read, chunk by chunk.
 
     slots, weights (M,R,T,J), v and ``read`` (M,R,T,V), gate, mask and squared_error (M,R,T). With ``versions`` (E,V)
@@ -128,12 +142,10 @@ def value_chain(
     A chunk is two steps that wait for one another, :func:`read_token` for all of its tokens and :func:`step_rows` for
     all of its groups; the programs of the one launch meet between them.
     """
-    arguments, constants = value_arguments(
-        table, versions, slots, weights, v, gate, mask, accesses, read, squared_error, error, chunk_size, lookahead
-    )
+    arguments, constants = value_arguments(work)
     launch(
         value_chain_kernel,
-        (n_programs(v, PROGRAMS),),
+        (n_programs(work.v, PROGRAMS),),
         *arguments,
         **constants,
         num_warps=4,
@@ -142,22 +154,9 @@ def value_chain(
     )
 
 
-def value_arguments(
-    table: Tensor,
-    versions: Tensor | None,
-    slots: Tensor,
-    weights: Tensor,
-    v: Tensor,
-    gate: Tensor | None,
-    mask: Tensor | None,
-    accesses: Accesses,
-    read: Tensor,
-    squared_error: Tensor,
-    error: Tensor | None,
-    chunk_size: int,
-    lookahead: int,
-) -> tuple[tuple, dict[str, object]]:
+def value_arguments(work: ValueWork) -> tuple[tuple, dict[str, object]]:
     """What :func:`value_chain` launches its kernel with."""
+    table, versions, slots, weights, v, gate, mask, accesses, read, squared_error, error, chunk_size, lookahead = work
     n_memories, n_rows, n_tokens, n_read = slots.shape
     value_dim = table.shape[-1]
     block_v = triton.next_power_of_2(value_dim)

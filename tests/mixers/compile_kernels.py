@@ -102,7 +102,8 @@ def launch_all(heads: int, top_k: int, n: int, key_dim: int, value_dim: int, sco
     indices, pairs = whole(*listed.shape, dtype=torch.int32), whole(*joint.shape, dtype=torch.int32)
     slots, each = whole(*joint.shape), real(*tokens)
     mean, totals, kept = real(8, 1, 2, n), real(8, 1, heads, 2, n), real(n_accesses, value_dim)
-    key_chain.key_chain(q, keys, indices, listed, listed, mean, totals, 512, score, 1.0, address_weight)
+    work = key_chain.KeyWork(q, keys, indices, listed, listed, mean, totals, 512, score, 1.0, address_weight)
+    key_chain.key_chain(work)
     key_chain_backward.key_chain_backward(
         q, keys, keys[0], indices, listed, listed, listed, mean, totals, q, 512, score, 1.0, address_weight,
         needs_keys=True,
@@ -112,10 +113,11 @@ def launch_all(heads: int, top_k: int, n: int, key_dim: int, value_dim: int, sco
     is_small = n < 64
     mask = whole(*each.shape, dtype=torch.bool) if is_small else None
     accesses = versions.find_versions(slots, joint, real(8, 1), n * n, 512)
-    value_chain.value_chain(
+    value_work = value_chain.ValueWork(
         table, None if is_small else kept, slots, joint, row, each, mask, accesses, row, each,
         None if is_small else row, 512, 1,
     )  # fmt: skip
+    value_chain.value_chain(value_work)
     value_chain_backward.value_chain_backward(
         kept, table if is_small else None, table, kept, slots, joint, pairs, accesses, row, row, each, mask, row,
         joint if is_small else None, 1.0, row, each, listed, 512, 1, given=is_small, needs_table=is_small,
@@ -131,17 +133,16 @@ def launch_all(heads: int, top_k: int, n: int, key_dim: int, value_dim: int, sco
 
 def in_parts(q, indices, listed, slots, joint, row, each, keys, mean, totals, table, score: str) -> None:
     """The chains of one sequence: short lists of queries, the values beside the keys."""
-    from mixers.kernels import both_chains, key_chain, versions
+    from mixers.kernels import both_chains, key_chain, value_chain, versions
 
     q, indices, listed, slots, joint, row, each = (
         part[:, :1] for part in (q, indices, listed, slots, joint, row, each)
     )
-    key_part = (q, keys, indices, listed, listed, mean, totals, 512, score, 1.0, 1.0)
+    key_part = key_chain.KeyWork(q, keys, indices, listed, listed, mean, totals, 512, score, 1.0, 1.0)
     accesses = versions.find_versions(slots, joint, torch.empty(8, 1, device="meta"), table.shape[1], 512)
-    key_chain.key_chain(*key_part)
-    both_chains.both_chains(
-        key_part, (table, None, slots, joint, row, each, None, accesses, row, each, None, 512, 1), goes_on=True
-    )
+    value_part = value_chain.ValueWork(table, None, slots, joint, row, each, None, accesses, row, each, None, 512, 1)
+    key_chain.key_chain(key_part)
+    both_chains.both_chains(key_part, value_part, goes_on=True)
 
 
 def main() -> None:

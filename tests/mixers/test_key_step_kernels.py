@@ -44,7 +44,8 @@ def test_long_lists(score: str, mean_list: int, monkeypatch: pytest.MonkeyPatch)
     measures, probabilities, mean = q.new_empty(listed), q.new_empty(listed), q.new_empty(2, 1, 2, n)
     totals = q.new_empty(2, 1, heads, 2, n)
     lr, weight = 0.7, 0.3
-    key_chain.key_chain(q, keys, indices, measures, probabilities, mean, totals, n_chunk, score, lr, weight)
+    work = (q, keys, indices, measures, probabilities, mean, totals, n_chunk, score, lr, weight)
+    key_chain.key_chain(key_chain.KeyWork(*work))
 
     halves = q.view(1, n_rows, n_tokens, heads, 2, 3)
     for chunk, inside in enumerate((slice(0, 10), slice(10, 12))):
@@ -66,7 +67,7 @@ def test_long_lists(score: str, mean_list: int, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("exponent", [-70, 0, 70])
 def test_float32_products_of_parts(exponent: int) -> None:
-    from mixers.kernels.key_chain import key_chain
+    from mixers.kernels.key_chain import KeyWork, key_chain
 
     generator = torch.Generator().manual_seed(2)
     n_tokens, n, k = 20, 40, 3
@@ -79,7 +80,7 @@ def test_float32_products_of_parts(exponent: int) -> None:
     listed = (1, 1, n_tokens, 1, 2, k)
     indices = torch.zeros(listed, dtype=torch.int32, device=DEVICE)
     measures, probabilities, none = q.new_empty(listed), q.new_empty(listed), q.new_empty(0)
-    key_chain(q, keys, indices, measures, probabilities, none, none, n_tokens, "dot", 1.0, 0.0)
+    key_chain(KeyWork(q, keys, indices, measures, probabilities, none, none, n_tokens, "dot", 1.0, 0.0))
 
     halves, table = q.double().view(n_tokens, 2, 48), keys[0, 0, 0].double()
     exact = torch.einsum("tbd,bnd->tbn", halves, table)
@@ -91,7 +92,7 @@ def test_float32_products_of_parts(exponent: int) -> None:
 
 
 def test_far_and_near_distances_in_float32() -> None:
-    from mixers.kernels.key_chain import key_chain
+    from mixers.kernels.key_chain import KeyWork, key_chain
 
     generator = torch.Generator().manual_seed(3)
     n_tokens, n, k = 24, 40, 3
@@ -103,7 +104,7 @@ def test_far_and_near_distances_in_float32() -> None:
     listed = (1, 1, n_tokens, 1, 2, k)
     indices = torch.zeros(listed, dtype=torch.int32, device=DEVICE)
     measures, probabilities, none = q.new_empty(listed), q.new_empty(listed), q.new_empty(0)
-    key_chain(q, keys, indices, measures, probabilities, none, none, n_tokens, "idw", 1.0, 0.0)
+    key_chain(KeyWork(q, keys, indices, measures, probabilities, none, none, n_tokens, "idw", 1.0, 0.0))
 
     halves, table = q.double().view(n_tokens, 2, 24), keys[0, 0, 0].double()
     exact = (halves.unsqueeze(2) - table).square().sum(-1)
